@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine with Python 3.11+: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+# The one version that is tested; a CUDA or CPU build of it that is installed already is kept.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help install demo test lint gates bench clean
+
+help:  ## Show what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+install: $(READY)  ## Create the environment and install everything
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(READY)  ## Synthetic shop: prepare, train two models, export, serve, ask
+	$(BIN)/python scripts/demo.py
+
+test: lint  ## Lint, types, layers, and every fast test
+	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+gates: $(READY)  ## Real data, hours: accuracy over seeds, speed, latency
+	$(BIN)/python -m pytest -q -m slow
+
+bench: $(READY)  ## Speed, side by side in one run
+	$(BIN)/python scripts/bench_prepare.py
+	$(BIN)/python scripts/bench_serving.py
+
+clean:  ## Remove the environment and results of builds, not the workspace
+	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,285 @@
+"""The command `recsys`: a verb for each arrow of the data's way, importing its room when called."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recsys import __version__
+from recsys.artifacts import Workspace
+from recsys.schema import InputError
+
+Arguments = argparse.Namespace
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verb made, where, and the next command to type; `facts` go to `--json`."""
+
+    made: str
+    where: Path | str
+    next: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; return 0, or 2 with a message where the user gave something wrong."""
+    started = time.perf_counter()
+    arguments = parser().parse_args(argv)
+    try:
+        outcome = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("\nrecsys: interrupted; a training goes on with: recsys train resume=NAME")
+        return 130
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        print(f"recsys {arguments.verb}: {message}", file=sys.stderr)
+        return 2
+    if outcome is not None:
+        report(outcome, time.perf_counter() - started, arguments.json)
+    return 0
+
+
+def explain(error: BaseException) -> str | None:
+    """Return the message for a mistake of the user's, or None for a mistake of ours."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left on the device ({error.filename or error}); free some and repeat"
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+        return f"{error.filename}: {error.strerror}"
+    if type(error).__module__.split(".")[0] in ("hydra", "omegaconf"):
+        from recsys.launch import explain_config
+
+        return explain_config(error)
+    return None
+
+
+def report(outcome: Outcome, seconds: float, as_json: bool) -> None:
+    """Say what was made, where, how long it took, and the next command; then the same as JSON."""
+    print(f"\nMade   {outcome.made}")
+    print(f"Where  {outcome.where}")
+    print(f"Took   {seconds:.1f} s")
+    print(f"Next   {outcome.next}", flush=True)
+    if as_json:
+        print(json.dumps({**outcome.facts, "seconds": round(seconds, 3)}), flush=True)
+
+
+def prepare(arguments: Arguments) -> Outcome:
+    """Event log → dataset."""
+    from recsys import launch
+
+    dataset = launch.prepare(arguments.overrides, Workspace())
+    facts = {"dataset": str(dataset.path), "fingerprint": dataset.fingerprint}
+    counts = {k: dataset.manifest[k] for k in ("num_users", "num_items", "num_events")}
+    next_ = f"recsys train data.dataset={dataset.path.name}"
+    return Outcome(f"dataset {dataset.path.name}", dataset.path, next_, facts | counts)
+
+
+def train(arguments: Arguments) -> Outcome | None:
+    """Dataset → run."""
+    from recsys import launch
+
+    if arguments.multirun:
+        launch.sweep(arguments.overrides)
+        return None
+    return _trained(launch.train(arguments.overrides, Workspace()))
+
+
+def evaluate(arguments: Arguments) -> Outcome:
+    """Run → metrics on the test part, beside the baselines."""
+    from recsys import launch
+
+    return _trained(launch.evaluate(Workspace().find("run", arguments.run_name)))
+
+
+def _trained(trained: Any) -> Outcome:
+    facts = {"run": trained.run.name, **trained.tested.metrics}
+    return Outcome(
+        f"run {trained.run.name}", trained.run, f"recsys export {trained.run.name}", facts
+    )
+
+
+def compare(arguments: Arguments) -> Outcome:
+    """Two runs → differences with paired bootstrap intervals."""
+    from rich.console import Console
+
+    from recsys.evaluation.significance import compare as compare_runs
+
+    workspace = Workspace()
+    left, right = (workspace.find("run", name) for name in (arguments.left, arguments.right))
+    comparison = compare_runs(left, right)
+    Console().print(comparison.table())
+    return Outcome(
+        f"comparison of {left.name} and {right.name}",
+        "above",
+        "recsys ui",
+        comparison.as_dict(),
+    )
+
+
+def export(arguments: Arguments) -> Outcome:
+    """Run → bundle, registered in MLflow."""
+    from recsys import launch
+
+    run = Workspace().find("run", arguments.run_name)
+    exported = launch.export(run, arguments.overrides, Workspace(), promote=arguments.promote)
+    facts = {"bundle": str(exported.bundle), "model": exported.model}
+    registered = f", registered as {exported.model}" if exported.model else ""
+    return Outcome(
+        f"bundle {exported.bundle.name}{registered}", exported.bundle, "recsys serve", facts
+    )
+
+
+def run(arguments: Arguments) -> Outcome:
+    """Prepare → train → evaluate → export."""
+    from recsys import launch
+
+    done = launch.run(arguments.overrides, Workspace())
+    return Outcome(
+        f"{len(done.trained)} run(s) and bundle {done.bundle.name}",
+        done.bundle,
+        "recsys serve",
+        done.facts,
+    )
+
+
+def serve(arguments: Arguments) -> None:
+    """Bundle → answers over HTTP."""
+    from recsys.serving.http import serve as serve_http
+    from recsys.serving.settings import ServeSettings
+
+    names = ("host", "port", "threads", "max_body_bytes", "drain_seconds")
+    given = {name: getattr(arguments, name) for name in names}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    serve_http(ServeSettings(bundle=_bundle(arguments.bundle), **chosen), Workspace())
+
+
+def recommend(arguments: Arguments) -> Outcome:
+    """One answer in the terminal, no server."""
+    from recsys.serving.terminal import answer_table, ask
+
+    answer, path = ask(
+        Workspace().find("bundle", _bundle(arguments.bundle)),
+        user_id=arguments.user,
+        history=arguments.history,
+        k=arguments.k,
+        exclude_seen=not arguments.keep_seen,
+    )
+    answer_table(answer)
+    return Outcome(f"{len(answer['items'])} recommendations", path, "recsys serve", answer)
+
+
+def _bundle(name: str) -> str:
+    """Return a bundle's name or path; `models:/…` is fetched from MLflow's registry."""
+    if not name.startswith("models:/"):
+        return name
+    from recsys.export.registry import resolve
+
+    return str(resolve(name, Workspace()))
+
+
+def ui(arguments: Arguments) -> None:
+    """MLflow's pages over this workspace's store."""
+    import subprocess
+
+    workspace = Workspace()
+    print(f"MLflow on {workspace.tracking_uri}: http://{arguments.host}:{arguments.port}")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", workspace.tracking_uri]
+    command += ["--host", arguments.host, "--port", str(arguments.port)]
+    raise SystemExit(subprocess.call(command))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of every verb."""
+    top = argparse.ArgumentParser(
+        prog="recsys",
+        description="From an event log to recommendations that follow people's interests.",
+        epilog="Results live in ./workspace, or in RECSYS_HOME.",
+    )
+    top.add_argument("--version", action="version", version=f"recsys {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for add in (_add_launched, _add_with_run, _add_compare, _add_serving, _add_ui):
+        add(verbs)
+    return top
+
+
+def _verb(verbs: Any, name: str, function: Any, about: str) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        name, help=about, description=about.replace("%%", "%")
+    )
+    verb.set_defaults(run=function, verb=name)
+    verb.add_argument(
+        "--json", action="store_true", help="last line: the result as one JSON object"
+    )
+    return verb
+
+
+def _add_launched(verbs: Any) -> None:
+    kinds = {
+        "prepare": (prepare, "event log → dataset"),
+        "train": (train, "dataset → run; resume=RUN goes on with an interrupted one"),
+        "run": (run, "prepare → train → evaluate → export"),
+    }
+    for name, (function, about) in kinds.items():
+        verb = _verb(verbs, name, function, about)
+        verb.epilog = "e.g. experiment=beauty data.path=amazon_beauty.txt trainer.max_epochs=5"
+        _add_overrides(verb)
+        if name == "train":
+            verb.add_argument("-m", "--multirun", action="store_true", help="sweep (Hydra)")
+
+
+def _add_overrides(verb: argparse.ArgumentParser) -> None:
+    about = "settings, group=choice or key=value; see configs/"
+    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=about)
+
+
+def _add_with_run(verbs: Any) -> None:
+    verb = _verb(verbs, "evaluate", evaluate, "run → test metrics beside the baselines")
+    verb.add_argument("run_name", nargs="?", default="latest", metavar="RUN")
+    verb = _verb(verbs, "export", export, "run → bundle: ONNX, vectors, index, vocabularies")
+    verb.add_argument("run_name", nargs="?", default="latest", metavar="RUN")
+    verb.add_argument("--promote", action="store_true", help="set the alias `champion` in MLflow")
+    _add_overrides(verb)
+
+
+def _add_compare(verbs: Any) -> None:
+    verb = _verb(verbs, "compare", compare, "two runs → differences with 95 %% intervals")
+    verb.add_argument("left", metavar="RUN")
+    verb.add_argument("right", metavar="RUN")
+
+
+def _add_serving(verbs: Any) -> None:
+    about = "name, path, or models:/shop@champion"
+    verb = _verb(verbs, "serve", serve, "bundle → answers over HTTP")
+    verb.add_argument("--bundle", default="latest", help=about)
+    verb.add_argument("--host")
+    verb.add_argument("--port", type=int)
+    verb.add_argument("--threads", type=int)
+    verb.add_argument("--max-body-bytes", type=int)
+    verb.add_argument("--drain-seconds", type=int)
+    verb = _verb(verbs, "recommend", recommend, "one answer in the terminal, no server")
+    verb.add_argument("--bundle", default="latest", help=about)
+    verb.add_argument("--user", metavar="USER_ID")
+    verb.add_argument("--history", nargs="+", metavar="ITEM_ID", help="oldest first")
+    verb.add_argument("-k", type=int, default=10)
+    verb.add_argument("--keep-seen", action="store_true", help="may recommend seen items again")
+
+
+def _add_ui(verbs: Any) -> None:
+    verb = _verb(verbs, "ui", ui, "MLflow's pages over this workspace")
+    verb.add_argument("--host", default="127.0.0.1")
+    verb.add_argument("--port", type=int, default=5000)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From event logs to datasets and training batches."""

@@ -1,0 +1,136 @@
+"""Training batches: a pure function of (seed, epoch, step), read from the memory-mapped dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from recsys.data.dataset import Dataset
+from recsys.history import encode, pack
+from recsys.schema import InputError
+
+Step = tuple[int, int]
+
+
+class Batches(TorchDataset[dict[str, Tensor]]):
+    """All batches of a training: indexed by (epoch, step), so any worker can make any of them."""
+
+    def __init__(self, dataset: Dataset, size: int, seed: int, length: int) -> None:
+        self.dataset, self.size, self.seed, self.length = dataset, size, seed, length
+        self.users, self.ends = self.examples()
+        if not len(self.users):
+            raise InputError(
+                f"{dataset.path}: no user has two events to train on; prepare more events, or "
+                "lower data.min_item_events and data.min_user_events"
+            )
+        self.order = lru_cache(maxsize=2)(self._order)
+
+    def examples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return each training example's user row and the place in the trajectory where it ends."""
+        raise NotImplementedError
+
+    def collate(self, users: NDArray[np.int64], ends: NDArray[np.int64]) -> dict[str, NDArray]:
+        """Return the arrays of one batch."""
+        raise NotImplementedError
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch."""
+        return -(-len(self.users) // self.size)
+
+    def __getitem__(self, index: Step) -> dict[str, Tensor]:
+        epoch, step = index
+        rows = self.order(epoch)[step * self.size : (step + 1) * self.size]
+        arrays = self.collate(self.users[rows], self.ends[rows])
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.users))
+
+    def loader(self, workers: int = 0) -> DataLoader[dict[str, Tensor]]:
+        """Return the loader of one epoch after another; Lightning tells its sampler which."""
+        return DataLoader(
+            self,
+            batch_size=None,
+            sampler=Steps(self.steps),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+
+
+class Steps(Sampler[Step]):
+    """Yields (epoch, step) in order; the shuffling is in the batches."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.epoch = steps, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Name the epoch that the next iteration yields."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Step]:
+        return ((self.epoch, step) for step in range(self.steps))
+
+
+class PackedBatches(Batches):
+    """`size` histories a batch, packed into few rows; every event after the first is a target.
+
+    `windows`: `last` trains on each user's newest `length` positions, `all` on every position.
+    """
+
+    layout = "packed"
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        size: int,
+        seed: int,
+        length: int,
+        windows: Literal["last", "all"] = "all",
+    ) -> None:
+        self.windows = windows
+        super().__init__(dataset, size, seed, length)
+
+    def examples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """One example a window of `length` positions, counted back from the newest event."""
+        ends = self.dataset.split.train_end
+        users = np.flatnonzero(ends >= 2)
+        ends = ends[users]
+        counts = np.ones_like(ends) if self.windows == "last" else -(-(ends - 1) // self.length)
+        back = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.repeat(users, counts), np.repeat(ends, counts) - back * self.length
+
+    def collate(self, users: NDArray[np.int64], ends: NDArray[np.int64]) -> dict[str, NDArray]:
+        """Return packed rows, see `history.pack`."""
+        return dict(pack(self.dataset.histories(users, ends, self.length + 1), self.length))
+
+
+class PairBatches(Batches):
+    """`size` pairs of a history and the event after it, every training position once an epoch."""
+
+    layout = "pairs"
+
+    def examples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """One example for each training event that has an earlier one; `ends` is its place."""
+        counts = np.maximum(self.dataset.split.train_end - 1, 0)
+        users = np.repeat(np.arange(len(counts)), counts)
+        return users, np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + 1
+
+    def collate(self, users: NDArray[np.int64], ends: NDArray[np.int64]) -> dict[str, NDArray]:
+        """Return right-padded histories, `users` (row + 1) and `targets`."""
+        places = self.dataset.offsets[users] + ends
+        now = np.asarray(self.dataset.events["times"][places])
+        targets = np.asarray(self.dataset.events["items"][places], np.int64)
+        histories = self.dataset.histories(users, ends, self.length)
+        return encode(histories, self.length, now) | {"users": users + 1, "targets": targets}

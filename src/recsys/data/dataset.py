@@ -1,0 +1,170 @@
+"""A prepared dataset, memory-mapped: vocabularies, flat event columns, the split as a rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from recsys.artifacts import read_manifest
+from recsys.history import Histories
+from recsys.schema import InputError
+
+EVENT_ARRAYS = {"items": np.int32, "types": np.int8, "times": np.int64, "values": np.float32}
+Part = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where each user's events belong, as places in that user's trajectory: int64 [U].
+
+    Events before `train_end` train. `validation` and `test` are the places of the event to
+    predict from all before it, or -1.
+    """
+
+    train_end: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+
+class Dataset:
+    """What `recsys prepare` wrote. Users are rows 0 to U - 1; items are indices 1 to N.
+
+    Files: `items.parquet` (row i - 1 is item i: item_id, count, train_count, features),
+    `users.parquet` (row u: user_id, features), `events/{items,types,times,values}.npy` sorted by
+    (user, time), `events/offsets.npy` [U + 1]. `times` are milliseconds since 1970, or places
+    0, 1, … where the source has none (`has_time` is false).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_manifest(path, "dataset")
+        arrays = {name: self._array(name) for name in EVENT_ARRAYS}
+        self.events = arrays
+        self.offsets = self._array("offsets")
+
+    def _array(self, name: str) -> NDArray[Any]:
+        file = self.path / "events" / f"{name}.npy"
+        if not file.is_file():
+            raise InputError(f"{self.path}: file events/{name}.npy is missing; prepare it again")
+        if int(self.manifest["num_events"]) == 0:
+            return np.load(file, allow_pickle=False)
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+
+    @property
+    def name(self) -> str:
+        """What the data config calls it."""
+        return str(self.manifest["name"])
+
+    @property
+    def num_users(self) -> int:
+        """Users, U."""
+        return int(self.manifest["num_users"])
+
+    @property
+    def num_items(self) -> int:
+        """Items, N."""
+        return int(self.manifest["num_items"])
+
+    @property
+    def has_time(self) -> bool:
+        """Whether `times` are real moments, not only an order."""
+        return bool(self.manifest["has_time"])
+
+    @property
+    def has_types(self) -> bool:
+        """Whether the log tells event types apart."""
+        return len(self.manifest["event_types"]) > 1
+
+    @property
+    def fingerprint(self) -> str:
+        """What stands for the content of all its files."""
+        return str(self.manifest["fingerprint"])
+
+    @cached_property
+    def items(self) -> pa.Table:
+        """The item table; row i - 1 belongs to item index i."""
+        return pq.read_table(self.path / "items.parquet")
+
+    @cached_property
+    def users(self) -> pa.Table:
+        """The user table; row u belongs to user u."""
+        return pq.read_table(self.path / "users.parquet")
+
+    @cached_property
+    def train_count(self) -> NDArray[np.int64]:
+        """Training events of each item: int64 [N + 1], 0 for padding."""
+        return np.concatenate([[0], self.items["train_count"].to_numpy()]).astype(np.int64)
+
+    @cached_property
+    def split(self) -> Split:
+        """The rule of the manifest applied to every user."""
+        rule = self.manifest["split"]
+        if rule["rule"] == "leave_one_out":
+            return leave_one_out(np.diff(self.offsets))
+        return by_time(
+            self.offsets, self.events["times"], rule["validation_from"], rule["test_from"]
+        )
+
+    def histories(
+        self, users: NDArray[np.integer], ends: NDArray[np.integer], longest: int | None = None
+    ) -> Histories:
+        """Return events before place `ends[b]` of user `users[b]`: the newest `longest` of them."""
+        counts = np.asarray(ends, np.int64)
+        counts = counts if longest is None else np.minimum(counts, longest)
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        firsts = self.offsets[users] + ends - counts
+        source = np.repeat(firsts - offsets[:-1], counts) + np.arange(offsets[-1])
+        items, types, times = (self.events[name][source] for name in ("items", "types", "times"))
+        return Histories(np.asarray(items), np.asarray(types), np.asarray(times), offsets)
+
+
+def leave_one_out(lengths: NDArray[np.int64]) -> Split:
+    """Test on each user's last event and validate on the one before; under 3 events only train.
+
+    >>> leave_one_out(np.array([5, 2])).test
+    array([ 4, -1])
+    """
+    enough = lengths >= 3
+    return Split(
+        train_end=np.where(enough, lengths - 2, lengths),
+        validation=np.where(enough, lengths - 2, -1),
+        test=np.where(enough, lengths - 1, -1),
+    )
+
+
+def by_time(
+    offsets: NDArray[np.int64], times: NDArray[np.int64], validation_from: int, test_from: int
+) -> Split:
+    """Train before `validation_from`; predict each user's last event in each later window.
+
+    The history goes up to that event, as it would when serving: a newcomer of the window is read
+    too, and only a user's very first event is never predicted. Source: global temporal split with
+    the last target, Gusak et al. 2025.
+
+    >>> by_time(np.array([0, 4]), np.array([10, 20, 30, 40]), 20, 35).validation
+    array([2])
+    """
+    before_validation = _count_before(offsets, times, validation_from)
+    before_test = _count_before(offsets, times, test_from)
+    total = np.diff(offsets)
+    validates = (before_test > before_validation) & (before_test >= 2)
+    tests = (total > before_test) & (total >= 2)
+    return Split(
+        train_end=before_validation,
+        validation=np.where(validates, before_test - 1, -1),
+        test=np.where(tests, total - 1, -1),
+    )
+
+
+def _count_before(
+    offsets: NDArray[np.int64], times: NDArray[np.int64], moment: int
+) -> NDArray[np.int64]:
+    before = np.concatenate([[0], np.cumsum(np.asarray(times) < moment)])
+    return before[offsets[1:]] - before[offsets[:-1]]

@@ -1,0 +1,212 @@
+"""Open delimited text, JSON lines and Parquet as Ibis tables, with messages a person can act on."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from recsys.schema import InputError, suggestion
+
+if TYPE_CHECKING:
+    import ibis
+
+SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "csv"}
+ROW = "file_row_number"
+FILE = "recsys_file"
+"""Columns that the Parquet reader adds; neither is likely in anyone's log."""
+ALIASES = {
+    "user_id": ("user", "userid", "uid", "visitorid", "visitor_id", "customer_id", "session"),
+    "item_id": ("item", "itemid", "product_id", "sku", "movieid", "asin", "article_id", "iid"),
+    "timestamp": ("time", "ts", "date", "datetime", "event_time", "unix_timestamp", "created_at"),
+    "event_type": ("type", "event", "behavior", "behaviour", "action"),
+    "value": ("rating", "price", "score", "dwell"),
+}
+"""Names that other people give to our columns, for the suggestion in a message only."""
+
+
+def existing(path: Path | str | None, setting: str = "data.path") -> Path:
+    """Return `path` where there is a file with something in it, or a folder; else InputError."""
+    if path is None or str(path) == "???":
+        raise InputError(f"{setting} is not set; type {setting}=/path/to/your/file")
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise InputError(
+            f"{found}: no such file or folder (looked from {Path.cwd()}); "
+            f"set {setting} to where it is"
+        )
+    if found.is_file() and found.stat().st_size == 0:
+        raise InputError(f"{found}: the file is empty (0 bytes); expected events in it")
+    return found
+
+
+def inside(folder: Path, names: Sequence[str]) -> Path:
+    """Return the first of `names` that is a file in `folder`, with or without `.gz`."""
+    for name in names:
+        for file in (folder / name, folder / f"{name}.gz"):
+            if file.is_file():
+                return existing(file)
+    found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    raise InputError(f"{folder}: no {' or '.join(names)} in it; found {found}")
+
+
+def open_text(file: Path, encoding: str = "utf-8-sig") -> IO[str]:
+    """Open a text file for reading, unpacking `.gz`."""
+    if file.suffix == ".gz":
+        return gzip.open(file, "rt", encoding=encoding, newline="")
+    return file.open(encoding=encoding, newline="")
+
+
+@contextmanager
+def reading(file: Path | str) -> Iterator[None]:
+    """Turn what DuckDB and the decoders say about a bad file into an InputError naming it."""
+    import duckdb
+
+    try:
+        yield
+    except duckdb.OutOfMemoryException:
+        raise
+    except duckdb.Error as error:
+        if "No space left" in str(error):
+            raise
+        raise InputError(f"{file}: {_essence(str(error))}") from error
+    except (UnicodeError, gzip.BadGzipFile, EOFError, csv.Error) as error:
+        raise InputError(f"{file}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _essence(message: str) -> str:
+    """Keep what is wrong of a DuckDB message; drop its option dump and its advice on SQL."""
+    head = message.split("Possible fixes")[0].split("Possible Solution")[0].split("LINE 1:")[0]
+    lines = [line.strip() for line in head.splitlines() if line.strip()]
+    return "; ".join(lines[:4]) + "; mend that line or convert the file to Parquet"
+
+
+def header(file: Path, delimiter: str) -> list[str]:
+    """Return the column names in the first line of a delimited text file."""
+    with reading(file), open_text(file) as stream:
+        names = next(csv.reader(stream, delimiter=delimiter), [])
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"{file.name}: column {twice[0]!r} is there twice; rename one")
+    return names
+
+
+def delimited(
+    con: ibis.BaseBackend,
+    file: Path,
+    *,
+    delimiter: str = ",",
+    names: Sequence[str] | None = None,
+    quote: str = '"',
+) -> ibis.Table:
+    """Open delimited text with every column as text, so that ids stay byte for byte.
+
+    names: the columns of a file without a header.
+    """
+    columns = dict.fromkeys(names or header(file, delimiter), "VARCHAR")
+    return con.read_csv(
+        str(file),
+        columns=columns,
+        header=names is None,
+        auto_detect=False,
+        delim=delimiter,
+        quote=quote,
+        escape=quote,
+    )
+
+
+def json_lines(con: ibis.BaseBackend, file: Path, columns: Mapping[str, str]) -> ibis.Table:
+    """Open JSON lines, one column a key, with the given DuckDB types; absent keys are null."""
+    return con.read_json(str(file), columns=dict(columns), format="newline_delimited")
+
+
+def first_json(file: Path) -> dict[str, object]:
+    """Return the first object of a JSON-lines file, to see which keys it has."""
+    with reading(file), open_text(file) as stream:
+        line = stream.readline()
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{file}: line 1 is not JSON ({error}); expected JSON lines") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: line 1 is JSON but not an object; expected {{...}} a line")
+    return value
+
+
+def parquet(con: ibis.BaseBackend, files: Sequence[Path]) -> ibis.Table:
+    """Open Parquet files as one table whose ROW column counts through all of them in order."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sizes = []
+    for file in files:
+        try:
+            sizes.append(pq.read_metadata(file).num_rows)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise InputError(
+                f"{file}: not a whole Parquet file ({error}); copy it again"
+            ) from error
+    names = [str(file) for file in files]
+    if len(names) == 1:
+        return con.read_parquet(names, file_row_number=True)
+    table = con.read_parquet(names, file_row_number=True, filename=FILE, union_by_name=True)
+    starts = [0, *itertools.accumulate(sizes)]
+    start = table[FILE].cases(*zip(names, starts[:-1], strict=True), else_=0)
+    return table.mutate(**{ROW: table[ROW] + start}).drop(FILE)
+
+
+def kept_rows(con: ibis.BaseBackend, name: str, table: ibis.Table, file: Path) -> ibis.Table:
+    """Parse a text table once into DuckDB's own storage; `row` is its place in the file."""
+    with reading(file):
+        stored = con.create_table(name, table, temp=True)
+    return stored.mutate(row=stored.rowid())
+
+
+def mapped(
+    found: Iterable[str],
+    wanted: Mapping[str, str],
+    optional: Iterable[str],
+    place: str,
+    setting: str = "data.source.columns",
+) -> dict[str, str]:
+    """Return our name → their name for the columns that are there, or raise InputError.
+
+    An optional column may be absent only while it keeps its own name.
+
+    >>> mapped(["user_id", "t"], {"user_id": "user_id", "value": "value"}, ["value"], "log.csv")
+    {'user_id': 'user_id'}
+    """
+    there = list(found)
+    chosen = {}
+    for ours, theirs in wanted.items():
+        if theirs in there:
+            chosen[ours] = theirs
+        elif ours not in optional or theirs != ours:
+            raise InputError(_no_column(ours, theirs, there, place, setting))
+    return chosen
+
+
+def _no_column(ours: str, theirs: str, found: list[str], place: str, setting: str) -> str:
+    if len(found) == 1 and (other := next((c for c in "\t;|" if c in found[0]), None)):
+        return (
+            f"{place}: no column {theirs!r}; the columns look separated by {other!r}. "
+            f'Set data.source.delimiter="{other}"'
+        )
+    return (
+        f"{place}: no column {theirs!r}; found {', '.join(found)}. "
+        f"Map it with {setting}.{ours}={_likely(ours, found)}"
+    )
+
+
+def _likely(ours: str, found: list[str]) -> str:
+    known = ALIASES.get(ours, ())
+    for name in found:
+        if name.lower().replace(" ", "_") in known:
+            return name
+    guess = suggestion(ours, found)
+    return guess.split("'")[1] if guess else "YOUR_COLUMN"

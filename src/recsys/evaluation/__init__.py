@@ -1,0 +1,1 @@
+"""Full-ranking evaluation: protocol, scorers, baselines, significance, pictures."""

@@ -1,0 +1,188 @@
+"""Cut, pad and encode trajectories: one path for training and serving, numpy only.
+
+Shapes: B histories, E events in all of them together, L encoded length, R packed rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+GAP_BUCKETS = 40
+"""Time gaps fall into power-of-two buckets of seconds; 0 means that there is no earlier event."""
+
+Arrays = dict[str, NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Histories:
+    """A ragged batch of trajectories, each oldest first.
+
+    items, types: int arrays [E] of indices and event-type codes; times: int64 [E], milliseconds
+    since 1970; offsets: int64 [B + 1], history b is `[offsets[b]:offsets[b + 1]]`.
+    """
+
+    items: NDArray[np.integer]
+    types: NDArray[np.integer]
+    times: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Events of each history: int64 [B]."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    @classmethod
+    def of(cls, parts: list[tuple[NDArray, NDArray, NDArray]]) -> Histories:
+        """Join one (items, types, times) triple a history into a ragged batch."""
+        empty = np.zeros(0, np.int64)
+        items, types, times = (
+            np.concatenate(column) if parts else empty
+            for column in (zip(*parts, strict=True) if parts else ((), (), ()))
+        )
+        lengths = [len(part[0]) for part in parts]
+        return cls(items, types, times, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+    def last(self, count: int) -> Histories:
+        """Return each history's newest `count` events."""
+        kept = np.minimum(self.lengths, count)
+        offsets = np.concatenate([[0], np.cumsum(kept)])
+        source = np.repeat(self.offsets[1:] - offsets[1:], kept) + np.arange(offsets[-1])
+        return Histories(self.items[source], self.types[source], self.times[source], offsets)
+
+
+def gap_bucket(milliseconds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the bucket of each time gap: 1 under a second, then one more each doubling.
+
+    >>> gap_bucket(np.array([0, 999, 1_000, 2_000, 86_400_000]))
+    array([ 1,  1,  2,  3, 18])
+    """
+    seconds = np.maximum(milliseconds, 0) // 1000
+    bits = np.frexp(seconds.astype(np.float64))[1].astype(np.int64)
+    return np.minimum(bits + 1, GAP_BUCKETS - 1)
+
+
+def gaps_within(histories: Histories) -> NDArray[np.int64]:
+    """Return each event's gap bucket to the one before it: int64 [E], 0 where a history starts."""
+    gaps = np.zeros(len(histories.times), np.int64)
+    gaps[1:] = gap_bucket(histories.times[1:] - histories.times[:-1])
+    firsts = histories.offsets[:-1][histories.lengths > 0]
+    gaps[firsts] = 0
+    return gaps
+
+
+def request_context(last: NDArray[np.int64], now: NDArray[np.int64]) -> Arrays:
+    """Encode when recommendations are asked for, given each history's last event time.
+
+    last, now: int64 [B], milliseconds; last is negative where there is no event. Returns int64 [B]
+    arrays: `request_gap` (bucket), `request_hour` (0 to 23, UTC), `request_weekday` (0 is Monday).
+
+    >>> request_context(np.array([0]), np.array([3_600_000]))["request_hour"]
+    array([1])
+    """
+    hours = now // 3_600_000
+    return {
+        "request_gap": np.where(last < 0, 0, gap_bucket(now - last)),
+        "request_hour": hours % 24,
+        "request_weekday": (hours // 24 + 3) % 7,
+    }
+
+
+def encode(histories: Histories, max_length: int, now: NDArray[np.int64]) -> Arrays:
+    """Cut to the newest events, right-pad and encode: what every encoder reads.
+
+    Returns int64 arrays `items`, `types`, `gaps` [B, L], `lengths` [B] and the request context [B];
+    L is the longest kept history, at least 1.
+
+    >>> h = Histories.of([(np.array([5, 6, 7]), np.array([1, 1, 1]), np.array([0, 1000, 9000]))])
+    >>> encode(h, 2, np.array([10_000]))["items"]
+    array([[6, 7]])
+    """
+    kept = histories.last(max_length)
+    lengths = kept.lengths
+    shape = (len(kept), max(1, int(lengths.max(initial=1))))
+    at = (np.repeat(np.arange(len(kept)), lengths), _places(kept))
+    last = np.where(lengths > 0, np.append(kept.times, 0)[kept.offsets[1:] - 1], -1)
+    return _grids(kept, shape, at) | {"lengths": lengths} | request_context(last, now)
+
+
+def pack(histories: Histories, row_length: int) -> Arrays:
+    """Lay many training histories into few rows, each position with the event that follows it.
+
+    A history of n events gives n - 1 positions (at most `row_length`). Returns int64 [R, L] arrays:
+    `items`, `types`, `gaps` as in `encode`; `positions` (0 at each history's start), `segments`
+    (1, 2, … within a row, 0 where empty); `targets`, `target_types` (0 where empty); and the
+    request context at the moment of the target.
+
+    >>> h = Histories.of([(np.array([5, 6, 7]), np.ones(3, int), np.arange(3) * 1000)] * 2)
+    >>> pack(h, 4)["targets"]
+    array([[6, 7, 6, 7]])
+    """
+    whole = histories.last(row_length + 1)
+    newest = whole.offsets[1:][whole.lengths > 0] - 1
+    oldest = whole.offsets[:-1][whole.lengths > 0]
+    inputs = _without(whole, newest)
+    following = _without(whole, oldest)
+    rows, starts, segments = _first_fit(inputs.lengths, row_length)
+    places = _places(inputs)
+    shape = (int(rows.max(initial=0)) + 1, row_length)
+    at = (np.repeat(rows, inputs.lengths), np.repeat(starts, inputs.lengths) + places)
+    flat = {
+        "positions": places,
+        "segments": np.repeat(segments, inputs.lengths),
+        "targets": following.items,
+        "target_types": following.types,
+    } | request_context(inputs.times, following.times)
+    return _grids(inputs, shape, at) | {n: _scatter(shape, at, v) for n, v in flat.items()}
+
+
+def _without(histories: Histories, events: NDArray[np.int64]) -> Histories:
+    dropped = np.zeros(len(histories.items), np.int64)
+    dropped[events] = 1
+    kept = dropped == 0
+    before = np.concatenate([[0], np.cumsum(dropped)])
+    offsets = histories.offsets - before[histories.offsets]
+    return Histories(histories.items[kept], histories.types[kept], histories.times[kept], offsets)
+
+
+def _first_fit(
+    lengths: NDArray[np.int64], row_length: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Place each length into the first row with room, longest first: row, start and segment."""
+    rows, starts, segments = np.zeros((3, len(lengths)), np.int64)
+    room: list[int] = []
+    members: list[int] = []
+    for index in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[index])
+        row = next((r for r, free in enumerate(room) if free >= length), len(room))
+        if row == len(room):
+            room.append(row_length)
+            members.append(0)
+        starts[index] = row_length - room[row]
+        room[row] -= length
+        members[row] += 1
+        rows[index], segments[index] = row, members[row]
+    return rows, starts, segments
+
+
+def _places(histories: Histories) -> NDArray[np.int64]:
+    lengths = histories.lengths
+    return np.arange(len(histories.items)) - np.repeat(histories.offsets[:-1], lengths)
+
+
+def _grids(histories: Histories, shape: tuple[int, int], at: tuple[NDArray, NDArray]) -> Arrays:
+    flat = {"items": histories.items, "types": histories.types, "gaps": gaps_within(histories)}
+    return {name: _scatter(shape, at, values) for name, values in flat.items()}
+
+
+def _scatter(
+    shape: tuple[int, int], at: tuple[NDArray, NDArray], flat: NDArray
+) -> NDArray[np.int64]:
+    grid = np.zeros(shape, np.int64)
+    grid[at] = flat
+    return grid

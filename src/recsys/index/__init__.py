@@ -1,0 +1,1 @@
+"""FAISS indexes over item vectors, and the bundle that they are read from; no torch."""

@@ -1,0 +1,257 @@
+"""The verbs that Hydra configures: prepare, train, evaluate, export, run, and sweeps."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import MissingMandatoryValue
+from rich.console import Console
+
+from recsys.artifacts import Workspace
+from recsys.config import config_dir
+from recsys.data.dataset import Dataset
+from recsys.schema import InputError, suggestion
+
+CONFIG = "recsys"
+SECTIONS = ("evaluation", "registry")
+"""Parts that no constructor checks: a key which the shipped config lacks is refused here."""
+
+
+def configure(overrides: Sequence[str]) -> DictConfig:
+    """Return the composed config; raises what Hydra raises, or InputError for an idle setting."""
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = compose(CONFIG, overrides=list(overrides))
+        shipped = compose(CONFIG)
+    _refuse_idle(config, shipped, overrides)
+    return config
+
+
+def _refuse_idle(config: DictConfig, shipped: DictConfig, overrides: Sequence[str]) -> None:
+    _refuse_unknown("", config, shipped)
+    for section in SECTIONS:
+        _refuse_unknown(f"{section}.", config[section], shipped[section])
+    parts = {str(name): node for name, node in config.items()}
+    for section, node in {**parts, "data.source": config.data.get("source")}.items():
+        if isinstance(node, DictConfig) and "_target_" in node:
+            known = inspect.signature(get_object(node._target_)).parameters
+            _refuse_unknown(f"{section}.", [k for k in node if not str(k).startswith("_")], known)
+    if "source" not in config.data and any(o.startswith("split") for o in overrides):
+        raise InputError(
+            "split= has no effect on an existing dataset, which keeps the split it was prepared "
+            "with; prepare again: recsys prepare data=… data.path=… split=…"
+        )
+
+
+def _refuse_unknown(where: str, met: Iterable[Any], known: Iterable[Any]) -> None:
+    there = [str(key) for key in known]
+    for key in map(str, met):
+        if key not in there:
+            raise InputError(
+                f"unknown setting {where}{key}"
+                + suggestion(key, there)
+                + f"; there {'is' if len(there) == 1 else 'are'}: {', '.join(there)}"
+            )
+
+
+def open_dataset(config: DictConfig, workspace: Workspace) -> Dataset:
+    """Return the existing dataset that `data` names, or prepare it."""
+    from recsys.data.prepare import prepare as prepare_dataset
+
+    if "source" not in config.data:
+        dataset = Dataset(workspace.find("dataset", config.data.dataset))
+    else:
+        settings = {k: v for k, v in _plain(config.data).items() if k != "source"}
+        source = instantiate(config.data.source)
+        dataset = prepare_dataset(settings, source, _plain(config.split), workspace)
+    with open_dict(config):
+        config.split = dataset.manifest["split"]
+    return dataset
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def prepare(overrides: Sequence[str], workspace: Workspace) -> Dataset:
+    """Prepare the dataset that `data=` describes."""
+    config = configure(overrides)
+    if "source" not in config.data:
+        raise InputError(
+            "nothing to prepare: name a source, as in\n"
+            "  recsys prepare data=events data.path=log.csv\n"
+            f"sources: {', '.join(sorted(p.stem for p in (config_dir() / 'data').glob('*.yaml')))}"
+        )
+    dataset = open_dataset(config, workspace)
+    _show(dataset)
+    return dataset
+
+
+def _show(dataset: Dataset) -> None:
+    from recsys.data.prepare import summary
+
+    Console().print(summary(dataset))
+
+
+def train(overrides: Sequence[str], workspace: Workspace) -> Any:
+    """Train one run, or go on with the one that `resume=` names; print its test."""
+    from recsys.training.train import resume
+    from recsys.training.train import train as train_run
+
+    config = configure(overrides)
+    if config.resume is not None:
+        others = [o for o in overrides if not o.startswith("resume=")]
+        if others:
+            raise InputError(f"a resumed run keeps its settings; leave out {' '.join(others)}")
+        trained = resume(workspace.find("run", config.resume), workspace)
+    else:
+        dataset = open_dataset(config, workspace)
+        _show(dataset)
+        trained = train_run(config, dataset, workspace)
+    trained.tested.show(Console())
+    return trained
+
+
+def evaluate(run: Path) -> Any:
+    """Rank the test part again for a finished run; print it by slice."""
+    from recsys.training.train import retest
+
+    trained = retest(run)
+    trained.tested.show(Console(), slices=True)
+    return trained
+
+
+def sweep(overrides: Sequence[str]) -> None:
+    """Train once for each point of a Hydra multirun; Optuna's sweeper gets validation NDCG@10."""
+    import hydra
+
+    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=CONFIG)
+    def job(config: DictConfig) -> float:
+        from recsys.training.train import train as train_run
+
+        workspace = Workspace()
+        trained = train_run(config, open_dataset(config, workspace), workspace)
+        trained.tested.show(Console())
+        return float(trained.tested.metrics["validation"]["ndcg@10"])
+
+    sys.argv = ["recsys train", "--multirun", *overrides]
+    job()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A bundle, and its name in MLflow's registry where it was registered."""
+
+    bundle: Path
+    model: str | None
+
+
+def export(
+    run: Path, overrides: Sequence[str], workspace: Workspace, promote: bool = False
+) -> Exported:
+    """Write a run's bundle and register it."""
+    from recsys.export.bundle import export as export_run
+    from recsys.training.runs import read_config
+
+    config = configure(overrides)
+    bundle = export_run(run, workspace, _plain(config.index))
+    if not config.registry.register or read_config(run).logger.kind != "mlflow":
+        return Exported(bundle, None)
+    from recsys.export.registry import register
+
+    name = config.registry.name
+    version = register(bundle, workspace, name, promote or config.registry.promote)
+    return Exported(bundle, f"models:/{name}/{version}")
+
+
+@dataclass(frozen=True)
+class Done:
+    """What `recsys run` made: a training a variant, and the first one's bundle."""
+
+    trained: dict[str, Any]
+    bundle: Path
+    facts: dict[str, Any]
+
+
+def run(overrides: Sequence[str], workspace: Workspace) -> Done:
+    """Prepare, train and evaluate each variant of the config, then export the first."""
+    from recsys.training.testing import show_together
+    from recsys.training.train import train as train_run
+
+    configs = _variants(overrides)
+    datasets = {name: open_dataset(config, workspace) for name, config in configs.items()}
+    for dataset in {d.path: d for d in datasets.values()}.values():
+        _show(dataset)
+    trained = {}
+    for name, config in configs.items():
+        print(f"\n{name}", file=sys.stderr, flush=True)
+        trained[name] = train_run(config, datasets[name], workspace)
+    show_together({name: t.tested for name, t in trained.items()}, Console())
+    first = next(iter(trained.values()))
+    wanted = [o for o in overrides if o.startswith(("index", "registry"))]
+    exported = export(first.run, wanted, workspace)
+    facts = {
+        "run": first.run.name,
+        **first.tested.metrics,
+        "bundle": str(exported.bundle),
+        "model": exported.model,
+        "variants": {n: {"run": t.run.name, **t.tested.metrics} for n, t in trained.items()},
+    }
+    return Done(trained, exported.bundle, facts)
+
+
+def _variants(overrides: Sequence[str]) -> dict[str, DictConfig]:
+    config = configure(overrides)
+    variants = _plain(config.variants)
+    named = {name: configure([*overrides, *more]) for name, more in variants.items()}
+    return named or {str(config.model._target_).rsplit(".", 1)[-1].lower(): config}
+
+
+def explain_config(error: BaseException) -> str | None:
+    """Return what is wrong with a config in words, with the closest setting that exists."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, InputError):
+        return str(cause)
+    if isinstance(error, MissingMandatoryValue):
+        key = error.full_key or error.key
+        return f"{key} is missing; give it, as in {key}=…"
+    text = str(error)
+    key = re.search(r"Could not override '([^']+)'", text)
+    if key:
+        return f"no setting {key[1]!r}{_closest(key[1])}; the settings are in {config_dir()}"
+    option = re.search(r"Could not find '([^']+)'", text)
+    if option:
+        return f"no choice {option[1]!r}{_closest_choice(option[1])}"
+    return text
+
+
+def _closest(key: str) -> str:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = compose(CONFIG)
+    return suggestion(key, _keys(config))
+
+
+def _keys(config: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in config.items_ex(resolve=False):
+        keys.append(f"{prefix}{key!s}")
+        if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
+            keys += _keys(value, f"{prefix}{key!s}.")
+    return keys
+
+
+def _closest_choice(name: str) -> str:
+    group = config_dir() / Path(name).parent
+    there = sorted(path.stem for path in group.glob("*.yaml"))
+    choices = f"; {Path(name).parent}= can be: {', '.join(there)}" if there else ""
+    return suggestion(Path(name).name, there) + choices

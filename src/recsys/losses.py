@@ -1,0 +1,186 @@
+"""Training losses: functions of query vectors, targets and the item side.
+
+Shapes: P positions, K negatives, N items, D dim. All return a scalar, the mean over positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class ItemSide:
+    """The item side of a model as a loss sees it.
+
+    `all` returns vectors_ND [N + 1, D]; `of` the vectors of some indices; `share` [N + 1] is each
+    item's share of training events (0 for padding).
+    """
+
+    all: Callable[[], Tensor]
+    of: Callable[[Tensor], Tensor]
+    share: Tensor
+
+    def sample(self, count: int, by: Literal["uniform", "popularity"]) -> tuple[Tensor, Tensor]:
+        """Draw item indices with replacement; return them and their log-probabilities, both [K]."""
+        if by == "popularity":
+            drawn = torch.multinomial(self.share, count, replacement=True)
+            return drawn, self.share[drawn].log()
+        size = len(self.share) - 1
+        drawn = torch.randint(1, size + 1, (count,), device=self.share.device)
+        return drawn, torch.full((count,), 1 / size, device=drawn.device).log()
+
+
+def full_softmax(
+    query_PD: Tensor,
+    target_P: Tensor,
+    items: ItemSide,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 256,
+) -> Tensor:
+    """Cross-entropy over every item, `chunk` positions at a time: P × N is never held.
+
+    >>> vectors = torch.tensor([[0.0], [1.0], [1.0]])
+    >>> side = ItemSide(lambda: vectors, lambda i: vectors[i], torch.ones(3) / 2)
+    >>> round(full_softmax(torch.ones(1, 1), torch.tensor([1]), side).item(), 4)
+    0.6931
+    """
+    vectors_ND = items.all()[1:]
+    return LinearCrossEntropy.apply(query_PD / temperature, vectors_ND, target_P - 1, chunk)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of `query @ vectors.T`, with gradients made while logits are in cache.
+
+    Softmax and both gradient products run chunk by chunk in the forward pass, as in Liger's fused
+    linear cross-entropy (Hsu et al. 2024, section 3.2).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_PD: Tensor, vectors_ND: Tensor, target_P: Tensor, chunk: int
+    ) -> Tensor:
+        """Return the scalar loss, keeping its gradients for the backward pass."""
+        query_PD, vectors_ND = query_PD.contiguous(), vectors_ND.contiguous()
+        query_grad_PD = torch.empty_like(query_PD)
+        vectors_grad_ND = torch.zeros_like(vectors_ND)
+        total = query_PD.new_zeros((), dtype=torch.float32)
+        for at in range(0, len(query_PD), chunk):
+            query_CD, target_C1 = query_PD[at : at + chunk], target_P[at : at + chunk, None]
+            logits_CN = (query_CD @ vectors_ND.T).float()
+            picked_C1 = logits_CN.gather(1, target_C1)
+            highest_C1 = logits_CN.amax(dim=1, keepdim=True)
+            share_CN = logits_CN.sub_(highest_C1).exp_()
+            sum_C1 = share_CN.sum(dim=1, keepdim=True)
+            total += (sum_C1.log() + highest_C1 - picked_C1).sum()
+            share_CN.div_(sum_C1)
+            share_CN.scatter_add_(1, target_C1, -torch.ones_like(picked_C1))
+            share_CN = share_CN.to(query_PD.dtype)
+            torch.mm(share_CN, vectors_ND, out=query_grad_PD[at : at + chunk])
+            vectors_grad_ND.addmm_(share_CN.T, query_CD)
+        ctx.save_for_backward(query_grad_PD, vectors_grad_ND)
+        return total / max(1, len(query_PD))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Scale the gradients that the forward pass made."""
+        query_grad_PD, vectors_grad_ND = ctx.saved_tensors
+        scale = grad / max(1, len(query_grad_PD))
+        return query_grad_PD * scale, vectors_grad_ND * scale, None, None
+
+
+def sampled_softmax(
+    query_PD: Tensor,
+    target_P: Tensor,
+    items: ItemSide,
+    *,
+    negatives: int = 256,
+    by: Literal["uniform", "popularity"] = "uniform",
+    logq: bool = True,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Cross-entropy of the target among shared negatives, corrected for how they were drawn.
+
+    Source: Bengio and Senécal 2008 (sampled softmax); the correction is log(K q) off each negative.
+    """
+    drawn_K, log_share_K = items.sample(negatives, by)
+    positive_P1 = (query_PD * items.of(target_P)).sum(-1, keepdim=True) / temperature
+    negative_PK = query_PD @ items.of(drawn_K).T / temperature
+    if logq:
+        negative_PK = negative_PK - log_share_K - torch.tensor(float(negatives)).log()
+    return softmax_among(positive_P1, _without_hits(negative_PK, target_P, drawn_K))
+
+
+def in_batch_softmax(
+    query_PD: Tensor,
+    target_P: Tensor,
+    items: ItemSide,
+    *,
+    temperature: float = 0.05,
+    logq: bool = True,
+    uniform_negatives: int = 0,
+) -> Tensor:
+    """Cross-entropy of each target among the batch's targets and some uniform negatives.
+
+    Every candidate's log of how often it is expected there is taken off (Yi et al. 2019, section
+    4.1); `uniform_negatives` mixes the whole catalogue in (Yang et al. 2020, section 3.2).
+    """
+    uniform_K = items.sample(uniform_negatives, "uniform")[0]
+    candidate_C = torch.cat([target_P, uniform_K])
+    logits_PC = query_PD @ items.of(candidate_C).T / temperature
+    if logq:
+        expected_C = len(target_P) * items.share[candidate_C]
+        expected_C = expected_C + uniform_negatives / (len(items.share) - 1)
+        logits_PC = logits_PC - expected_C.log()
+    positive_P1 = logits_PC[:, : len(target_P)].diagonal()[:, None]
+    return softmax_among(positive_P1, _without_hits(logits_PC, target_P, candidate_C))
+
+
+def bce(query_PD: Tensor, target_P: Tensor, items: ItemSide, *, negatives: int = 1) -> Tensor:
+    """Binary cross-entropy of the target against uniform negatives (SASRec, section 3.5)."""
+    return gbce(query_PD, target_P, items, negatives=negatives, calibration=0.0)
+
+
+def gbce(
+    query_PD: Tensor,
+    target_P: Tensor,
+    items: ItemSide,
+    *,
+    negatives: int = 256,
+    calibration: float = 0.75,
+) -> Tensor:
+    """Generalised binary cross-entropy with shared negatives (gSASRec, Petrov and Macdonald 2023).
+
+    `calibration` is the paper's t: 0 is plain binary cross-entropy, 1 fully calibrated.
+    """
+    drawn_K, _ = items.sample(negatives, "uniform")
+    positive_P1 = (query_PD * items.of(target_P)).sum(-1, keepdim=True)
+    negative_PK = _without_hits(query_PD @ items.of(drawn_K).T, target_P, drawn_K)
+    rate = min(1.0, negatives / (len(items.share) - 2))
+    beta = rate * (calibration * (1 - 1 / rate) + 1 / rate)
+    return binary_among(positive_P1, negative_PK, beta)
+
+
+def softmax_among(positive_P1: Tensor, negative_PK: Tensor) -> Tensor:
+    """Mean of -log softmax of the positive logit among itself and its negatives."""
+    logits = torch.cat([positive_P1, negative_PK], dim=1).float()
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+
+
+def binary_among(positive_P1: Tensor, negative_PK: Tensor, beta: float = 1.0) -> Tensor:
+    """Mean of -beta log σ(positive) - Σ log σ(-negative)."""
+    return -(
+        beta * F.logsigmoid(positive_P1.float()).squeeze(1)
+        + F.logsigmoid(-negative_PK.float()).sum(dim=1)
+    ).mean()
+
+
+def _without_hits(logits_PK: Tensor, target_P: Tensor, drawn_K: Tensor) -> Tensor:
+    """A negative that is the target itself says nothing: it leaves the sum."""
+    return logits_PK.masked_fill(drawn_K[None, :] == target_P[:, None], -1e9)

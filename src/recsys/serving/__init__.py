@@ -1,0 +1,1 @@
+"""Serving: a bundle answers over HTTP or in this process; no torch, Lightning or Hydra."""

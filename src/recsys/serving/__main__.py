@@ -1,0 +1,34 @@
+"""`python -m recsys.serving`: serve a bundle where only the serving extra is installed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+
+from recsys.artifacts import Workspace
+from recsys.schema import InputError
+from recsys.serving.http import serve
+from recsys.serving.settings import ServeSettings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until a signal; return the exit code, 2 where something given is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m recsys.serving", description=__doc__)
+    parser.add_argument("--workspace", help="where named bundles live (RECSYS_HOME, ./workspace)")
+    for field in fields(ServeSettings):
+        flag, kind = "--" + field.name.replace("_", "-"), type(field.default)
+        parser.add_argument(flag, type=kind, default=field.default, help="default: %(default)s")
+    given = vars(parser.parse_args(arguments))
+    workspace = Workspace(given.pop("workspace"))
+    try:
+        serve(ServeSettings(**given), workspace)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

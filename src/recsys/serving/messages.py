@@ -1,0 +1,248 @@
+"""What goes over the wire: requests with their limits, answers, and errors that help."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from recsys.schema import EVENT_TYPES, InputError, suggestion
+
+MAX_K = 1_000
+MAX_HISTORY = 100_000
+MAX_BATCH = 256
+SECONDS_UNTIL = 100_000_000_000
+"""Numbers below this are seconds (until the year 5138), from here on milliseconds (from 1973)."""
+LAST_MOMENT = 253_402_300_799_999
+"""The end of the year 9999, in milliseconds since 1970."""
+
+Id = Annotated[str, Meta(min_length=1, max_length=1_000)]
+Moment = Annotated[
+    int | float | str,
+    Meta(description="Seconds or milliseconds since 1970, or ISO 8601 text (UTC unless it says)"),
+]
+EventType = Literal["view", "favourite", "cart", "purchase"]
+K = Annotated[int, Meta(ge=1, le=MAX_K, description="How many items to answer with")]
+
+
+class HistoryEvent(Struct, frozen=True, forbid_unknown_fields=True):
+    """One thing that a person did with an item."""
+
+    item_id: Id
+    event_type: EventType = "view"
+    timestamp: Moment | None = None
+
+    def __post_init__(self) -> None:
+        if self.timestamp is not None:
+            milliseconds(self.timestamp)
+
+
+class RecommendRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Ask for items: by `user_id`, by `history` (oldest first), or by neither for a newcomer.
+
+    A `history` takes the place of the one stored for `user_id`, of whom the model then uses only
+    what else it knows. Plain item ids in a history are views.
+    """
+
+    user_id: Id | None = None
+    history: Annotated[list[Id | HistoryEvent], Meta(max_length=MAX_HISTORY)] | None = None
+    k: K = 10
+    exclude_seen: bool = True
+    exclude_items: Annotated[list[Id], Meta(max_length=MAX_HISTORY)] = []
+    allow_categories: Annotated[list[str], Meta(max_length=10_000)] | None = None
+    deny_categories: Annotated[list[str], Meta(max_length=10_000)] = []
+    now: Moment | None = None
+
+    def __post_init__(self) -> None:
+        if self.now is not None:
+            milliseconds(self.now)
+
+
+class RecommendBatch(Struct, frozen=True, forbid_unknown_fields=True):
+    """Several requests answered together, in their order."""
+
+    requests: Annotated[list[RecommendRequest], Meta(min_length=1, max_length=MAX_BATCH)]
+
+
+class SimilarQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """The query string of `/v1/similar`."""
+
+    k: K = 10
+
+
+class Recommended(Struct, frozen=True, omit_defaults=True):
+    """One item of an answer; title and category where the bundle has them."""
+
+    item_id: str
+    score: float
+    title: str | None = None
+    category: str | list[str] | None = None
+
+
+class Ignored(Struct, frozen=True):
+    """What a request named that the bundle does not know: how many, and the first few."""
+
+    items: int
+    first_items: list[str]
+    categories: list[str]
+
+
+class Answer(Struct, frozen=True, omit_defaults=True):
+    """Recommended items, best first, and where they come from.
+
+    `source` is "model" where a history was read and "popular" where there was none, and `score`
+    is then the number of events. `history_used` counts the events that the model read.
+    `timings_ms` holds each stage's milliseconds, for all answers of a batch together.
+    """
+
+    items: list[Recommended]
+    source: Literal["model", "popular"]
+    bundle: str
+    timings_ms: dict[str, float]
+    history_used: int = 0
+    ignored: Ignored | None = None
+
+
+class AnswerBatch(Struct, frozen=True):
+    """One answer a request, in the requests' order."""
+
+    answers: list[Answer]
+
+
+class SimilarAnswer(Struct, frozen=True):
+    """Items nearest to one item, best first."""
+
+    item_id: str
+    items: list[Recommended]
+    bundle: str
+    timings_ms: dict[str, float]
+
+
+class ItemAnswer(Struct, frozen=True):
+    """What the bundle knows about one item."""
+
+    item_id: str
+    count: int
+    features: dict[str, Any]
+    bundle: str
+
+
+class Status(Struct, frozen=True, omit_defaults=True):
+    """The state of the process."""
+
+    status: Literal["ok", "ready", "starting", "stopping"]
+    bundle: str | None = None
+
+
+class Problem(Struct, frozen=True):
+    """Why a request was refused: a word for programs and a sentence for people."""
+
+    code: str
+    message: str
+
+
+class ErrorAnswer(Struct, frozen=True):
+    """The body of every 4xx and 5xx answer."""
+
+    error: Problem
+
+
+class MalformedJSON(InputError):
+    """A body that is not JSON at all."""
+
+
+Message = TypeVar("Message")
+
+
+def milliseconds(moment: int | float | str) -> int:
+    """Return a moment as milliseconds since 1970; raise InputError where it is none.
+
+    >>> milliseconds(1_700_000_000), milliseconds(1_700_000_000_000)
+    (1700000000000, 1700000000000)
+    >>> milliseconds("2023-11-14T22:13:20Z")
+    1700000000000
+    """
+    value = _iso_milliseconds(moment) if isinstance(moment, str) else moment
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{moment!r} is not a moment")
+    if not isinstance(moment, str) and abs(value) < SECONDS_UNTIL:
+        value = value * 1000
+    if not 0 <= value <= LAST_MOMENT:
+        raise InputError(f"{moment!r} is not a moment between the years 1970 and 9999")
+    return int(value)
+
+
+def _iso_milliseconds(text: str) -> float:
+    try:
+        parsed = datetime.fromisoformat(text)
+        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp() * 1000
+    except (ValueError, OverflowError) as error:
+        raise InputError(
+            f"{text[:40]!r} is not a moment; expected seconds or milliseconds since 1970, or ISO "
+            "8601 text such as 2025-03-01T12:30:00Z"
+        ) from error
+
+
+def decoded(decoder: msgspec.json.Decoder[Message], body: bytes | bytearray) -> Message:
+    """Decode a JSON body, or raise InputError saying what is wrong with it and where.
+
+    >>> decoded(msgspec.json.Decoder(RecommendRequest), b'{"exclud_seen": true}')
+    Traceback (most recent call last):
+    recsys.schema.InputError: unknown field 'exclud_seen'; did you mean 'exclude_seen'?
+    """
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise InputError(explained(str(error), decoder.type)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        met = "the body is empty" if not body.strip() else f"the body is not JSON: {error}"
+        raise MalformedJSON(f'{met}; expected an object such as {{"user_id": "u1"}}') from error
+
+
+def converted(values: dict[str, str], kind: type[Message]) -> Message:
+    """Turn a query string's values into the Struct `kind`, or raise InputError as `decoded` does.
+
+    >>> converted({"k": "5"}, SimilarQuery)
+    SimilarQuery(k=5)
+    """
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise InputError(explained(str(error), kind)) from error
+
+
+def explained(message: str, root: type) -> str:
+    """Return a validation message in the words of a request: what was met, where, what to type.
+
+    `root` is the Struct that the whole message was read as.
+
+    >>> explained("Invalid enum value 'vew' - at `$.history[0].event_type`", RecommendRequest)
+    "history[0].event_type: unknown event type 'vew'; did you mean 'view'?"
+    """
+    text, _, path = message.partition(" - at `$")
+    place = path.rstrip("`").lstrip(".")
+    return (f"{place}: " if place else "") + _reworded(text, _struct_at(place, root))
+
+
+def _struct_at(place: str, root: type) -> type:
+    if re.search(r"history\[\d+\]$", place):
+        return HistoryEvent
+    return RecommendRequest if re.search(r"^requests\[\d+\]$", place) else root
+
+
+def _reworded(text: str, struct: type) -> str:
+    if field := re.search(r"unknown field `(.*)`", text):
+        return _unknown("field", field[1], struct.__struct_fields__)  # type: ignore[attr-defined]
+    if value := re.search(r"Invalid enum value '(.*)'", text):
+        return _unknown("event type", value[1], EVENT_TYPES)
+    return text[:1].lower() + text[1:].replace("`", "")
+
+
+def _unknown(what: str, name: str, known: Sequence[str]) -> str:
+    hint = suggestion(name[:60], known) or f"; expected one of {', '.join(known)}"
+    return f"unknown {what} {name[:60]!r}{hint}"

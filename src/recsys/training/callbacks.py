@@ -1,0 +1,94 @@
+"""What happens around the steps: validation each epoch, checkpoints, and what a person sees."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+
+from recsys.data.dataset import Dataset
+from recsys.evaluation.protocol import evaluate
+from recsys.evaluation.scorers import ModelScorer
+from recsys.training.memory import peak_memory_gib
+
+MONITOR = "validation/ndcg@10"
+
+
+class FullRanking(Callback):
+    """Ranks the validation part after each epoch, and logs and prints the epoch's figures.
+
+    `history` holds one dict of figures an epoch and travels in the checkpoint.
+    """
+
+    def __init__(self, dataset: Dataset, exclude_seen: bool) -> None:
+        self.dataset, self.exclude_seen = dataset, exclude_seen
+        self.history: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+        """Log before checkpoints and early stopping look: Lightning calls those last."""
+        trained = time.perf_counter()
+        figures = {
+            "train/loss": module.mean_loss,
+            "train/positions_per_second": module.rate,
+            "train/seconds": trained - module.started,
+            "train/peak_memory_gib": peak_memory_gib(),
+        }
+        figures |= {f"validation/{k}": v for k, v in self.rank(module).items()}
+        figures["validation/seconds"] = time.perf_counter() - trained
+        self.history.append({"epoch": trainer.current_epoch, **figures})
+        module.log_dict({k: torch.tensor(v, dtype=torch.float64) for k, v in figures.items()})
+        print(_line(trainer, figures), file=sys.stderr, flush=True)
+
+    def rank(self, module: Any) -> dict[str, float]:
+        """Return validation metrics of the weights as they are."""
+        module.model.eval()
+        scorer = ModelScorer(module.model, module.device)
+        result = evaluate(
+            self.dataset, scorer, "validation", exclude_seen=self.exclude_seen, details=False
+        )
+        module.model.train()
+        return result.metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epochs' figures."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the epochs' figures up again."""
+        self.history = state_dict["history"]
+
+
+def _line(trainer: pl.Trainer, figures: dict[str, float]) -> str:
+    return (
+        f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"
+        f"  loss {figures['train/loss']:.4f}"
+        f"  validation ndcg@10 {figures[MONITOR]:.4f}"
+        f"  recall@10 {figures['validation/recall@10']:.4f}"
+        f"  {figures['train/positions_per_second']:,.0f} positions/s"
+    )
+
+
+def callbacks(folder: Path, ranking: FullRanking, patience: int | None) -> list[Callback]:
+    """Return validation, checkpoints (best and last), early stopping and a bar on a terminal."""
+    checkpoint = ModelCheckpoint(
+        dirpath=folder,
+        filename="best",
+        monitor=MONITOR,
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,
+    )
+    wanted: list[Callback] = [ranking, checkpoint]
+    if patience:
+        wanted.append(
+            EarlyStopping(MONITOR, mode="max", patience=patience, check_on_train_epoch_end=True)
+        )
+    if sys.stderr.isatty():
+        wanted.append(TQDMProgressBar(refresh_rate=10))
+    return wanted

@@ -1,0 +1,89 @@
+"""Run directories: what one training leaves, and how to read it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from recsys.artifacts import read_manifest
+from recsys.data.catalogue import Catalogue
+from recsys.data.dataset import Dataset
+from recsys.schema import InputError
+
+BEST, LAST = Path("checkpoints/best.ckpt"), Path("checkpoints/last.ckpt")
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A finished run, its dataset, and its best model in eval mode on the CPU."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    config: DictConfig
+    dataset: Dataset
+    model: nn.Module
+
+
+def load_run(path: Path) -> LoadedRun:
+    """Read a run directory; raise InputError where its dataset or checkpoint does not fit."""
+    manifest = read_manifest(path, "run")
+    config = read_config(path)
+    dataset = dataset_of(manifest["dataset"])
+    model = build_model(config, dataset)
+    load_weights(model, path / BEST)
+    return LoadedRun(path, manifest, config, dataset, model.eval())
+
+
+def read_config(path: Path) -> DictConfig:
+    """Return the resolved config of a run, finished or not."""
+    file = path / "config.yaml"
+    if not file.is_file():
+        raise InputError(f"{path}: no config.yaml in it; is it a run? Train one with recsys train")
+    config = OmegaConf.load(file)
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def dataset_of(lineage: Mapping[str, Any]) -> Dataset:
+    """Open the dataset that a run was trained on, refusing another content under that path."""
+    dataset = Dataset(Path(lineage["path"]))
+    if dataset.fingerprint != lineage["fingerprint"]:
+        raise InputError(
+            f"{dataset.path}: fingerprint {dataset.fingerprint}, but the run was trained on "
+            f"{lineage['fingerprint']}; prepare that dataset again, or train anew"
+        )
+    return dataset
+
+
+def build_model(config: DictConfig, dataset: Dataset) -> nn.Module:
+    """Return the configured model, untrained, sized to a dataset."""
+    model = instantiate(config.model, catalogue=Catalogue.of(dataset))
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Load a checkpoint's weights into `model`, or raise InputError where they do not fit."""
+    if not checkpoint.is_file():
+        raise InputError(f"{checkpoint} is missing; resume or repeat the training")
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    weights = {name.removeprefix("model."): value for name, value in state.items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(
+            f"{checkpoint} does not fit this dataset or model: {_first_misfit(error)}; use the "
+            "dataset that the run was trained on, or train anew"
+        ) from error
+
+
+def _first_misfit(error: RuntimeError) -> str:
+    lines = str(error).splitlines()
+    return lines[1].strip() if len(lines) > 1 else str(error)

@@ -1,0 +1,109 @@
+"""The test of a run: full ranking beside the baselines, kept for comparison, drawn and tabled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from recsys.data.dataset import Dataset
+from recsys.evaluation.baselines import baselines
+from recsys.evaluation.plots import learning_curves, scorer_bars, slice_bars
+from recsys.evaluation.protocol import Evaluation, evaluate
+from recsys.evaluation.report import report_table, slices_table
+from recsys.evaluation.scorers import ModelScorer
+from recsys.evaluation.significance import RANKS, Comparison, compare_evaluations
+from recsys.training.runs import BEST, load_weights
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The model's evaluation on the test part, first in `rows`, and the baselines' beside it.
+
+    `metrics`: `test`, `validation` (the best epoch's) and one entry a baseline.
+    """
+
+    rows: dict[str, Evaluation]
+    metrics: dict[str, dict[str, float]]
+    files: list[Path]
+
+    @property
+    def model(self) -> Evaluation:
+        """The model's own evaluation."""
+        return next(iter(self.rows.values()))
+
+    @property
+    def logged(self) -> dict[str, float]:
+        """Metrics under the names that MLflow shows: `test/ndcg@10`, `item-kNN/ndcg@10`, …"""
+        parts = {p: v for p, v in self.metrics.items() if p != "validation"}
+        return {f"{part}/{k}": v for part, values in parts.items() for k, v in values.items()}
+
+    def against(self) -> list[Comparison]:
+        """Compare the model's NDCG@10 with each baseline's, user by user."""
+        _, *others = self.rows.values()
+        return [compare_evaluations(o, self.model, metrics=("ndcg@10",)) for o in others]
+
+    def show(self, console: Console, slices: bool = False) -> None:
+        """Print the table, the intervals and, if asked for, the slices."""
+        console.print(report_table(self.rows))
+        _show_intervals(self.against(), console)
+        if slices:
+            console.print(slices_table(self.model))
+
+
+def show_together(tested: Mapping[str, Tested], console: Console) -> None:
+    """Print one table a dataset: all variants trained on it, and the baselines."""
+    by_dataset: dict[str, dict[str, Evaluation]] = {}
+    for name, one in tested.items():
+        rows = by_dataset.setdefault(one.model.fingerprint, {})
+        others = dict(list(one.rows.items())[1:])
+        by_dataset[one.model.fingerprint] = {**rows, name: one.model, **others}
+        console.print(f"\n[bold]{name}[/bold]")
+        _show_intervals(one.against(), console)
+    for rows in by_dataset.values():
+        console.print(report_table(rows))
+
+
+def _show_intervals(comparisons: Iterable[Comparison], console: Console) -> None:
+    for comparison in comparisons:
+        difference = comparison.rows[0].difference
+        console.print(
+            f"ndcg@10 of {comparison.right} minus {comparison.left}: {difference.mean:+.4f} "
+            f"(95 % paired bootstrap {difference.low:+.4f} to {difference.high:+.4f})"
+        )
+
+
+def rank_test(
+    folder: Path,
+    dataset: Dataset,
+    model: nn.Module,
+    facts: Mapping[str, Any],
+    exclude_seen: bool,
+) -> Tested:
+    """Load the best checkpoint into `model`, rank the test part, and write ranks and plots."""
+    load_weights(model, folder / BEST)
+    scorers = [ModelScorer(model.eval().cpu(), name=str(facts["model"])), *baselines(dataset)]
+    rows = {s.name: evaluate(dataset, s, "test", exclude_seen=exclude_seen) for s in scorers}
+    first = next(iter(rows))
+    rows[first].save(folder / RANKS)
+    metrics = {"test" if name == first else name: row.metrics for name, row in rows.items()}
+    metrics["validation"] = _best_epoch(facts["history"])
+    return Tested(rows, metrics, [folder / RANKS, *_draw(folder, rows, facts)])
+
+
+def _best_epoch(history: list[dict[str, float]]) -> dict[str, float]:
+    best = max(history, key=lambda figures: figures["validation/ndcg@10"])
+    named = {k.removeprefix("validation/"): v for k, v in best.items() if "validation/" in k}
+    return named | {"epoch": best["epoch"]}
+
+
+def _draw(folder: Path, rows: Mapping[str, Evaluation], facts: Mapping[str, Any]) -> list[Path]:
+    return [
+        learning_curves(facts["history"], folder / "learning-curves.png"),
+        scorer_bars(rows, folder / "test.png"),
+        slice_bars(rows, folder / "slices.png"),
+    ]

@@ -1,0 +1,139 @@
+"""Loggers: MLflow on the workspace's store, or a CSV file where MLflow is not installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger
+
+from recsys.artifacts import Workspace
+from recsys.data.dataset import Dataset
+from recsys.schema import InputError
+
+
+class Tracker(Protocol):
+    """Where a run's figures and files go."""
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run, where there is one."""
+
+    @property
+    def logger(self) -> Logger:
+        """What Lightning logs to."""
+
+    def start(self, config: DictConfig, dataset: Dataset) -> None:
+        """Note the resolved config and the dataset's lineage."""
+
+    def finish(self, metrics: Mapping[str, float], files: list[Path]) -> None:
+        """Note final metrics and keep `files` as artifacts."""
+
+
+class CsvTracker:
+    """Figures an epoch into `csv/version_N/metrics.csv` of the run directory, N up a resume."""
+
+    run_id = None
+
+    def __init__(self, folder: Path) -> None:
+        self.logger = CSVLogger(folder, name="csv")
+
+    def start(self, config: DictConfig, dataset: Dataset) -> None:
+        """Nothing more to note: the run directory holds its config."""
+
+    def finish(self, metrics: Mapping[str, float], files: list[Path]) -> None:
+        """Append the final metrics."""
+        self.logger.log_metrics(dict(metrics))
+        self.logger.save()
+
+
+class MlflowTracker:
+    """One MLflow run a training, continued under the same id when it is resumed."""
+
+    def __init__(
+        self, name: str, experiment: str, workspace: Workspace, run_id: str | None
+    ) -> None:
+        workspace.root.mkdir(parents=True, exist_ok=True)
+        self.logger = MLFlowLogger(
+            experiment_name=experiment,
+            run_name=name,
+            tracking_uri=workspace.tracking_uri,
+            artifact_location=(workspace.root / "mlartifacts").as_uri(),
+            run_id=run_id,
+        )
+        self.run_id: str = self.logger.run_id  # type: ignore[assignment]
+
+    def start(self, config: DictConfig, dataset: Dataset) -> None:
+        """Log parameters, the config as a file, tags, and the dataset as an input."""
+        from mlflow.entities import Dataset as Input
+        from mlflow.entities import DatasetInput
+
+        client = self.logger.experiment
+        if client.get_run(self.run_id).inputs.dataset_inputs:
+            client.update_run(self.run_id, status="RUNNING")
+            return
+        self.logger.log_hyperparams(_parameters(config))
+        client.log_text(self.run_id, OmegaConf.to_yaml(config), "config.yaml")
+        for key, value in _tags(config).items():
+            client.set_tag(self.run_id, key, value)
+        facts = {"name": dataset.name, "digest": dataset.fingerprint}
+        source = Input(source_type="local", source=str(dataset.path), **facts)
+        client.log_inputs(self.run_id, datasets=[DatasetInput(source, tags=[])])
+
+    def finish(self, metrics: Mapping[str, float], files: list[Path]) -> None:
+        """Log final metrics and files, and close the run."""
+        self.logger.log_metrics(dict(metrics))
+        for file in files:
+            folder = {".png": "plots", ".ckpt": "checkpoints"}.get(file.suffix)
+            self.logger.experiment.log_artifact(self.run_id, str(file), folder)
+        self.logger.experiment.set_terminated(self.run_id)
+
+
+def make_tracker(
+    kind: str, name: str, experiment: str, folder: Path, workspace: Workspace, run_id: str | None
+) -> Tracker:
+    """Return the tracker that `logger=` names: `mlflow` or `csv`."""
+    if kind == "csv":
+        return CsvTracker(folder)
+    try:
+        return MlflowTracker(name, experiment, workspace, run_id)
+    except ModuleNotFoundError as error:
+        raise InputError("MLflow is not installed: pip install mlflow, or logger=csv") from error
+
+
+def _parameters(config: DictConfig) -> dict[str, Any]:
+    kept = ("data", "split", "model", "loss", "optimizer", "batches", "trainer", "evaluation")
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    return {"seed": values["seed"]} | {k: values[k] for k in kept if k in values}
+
+
+def _tags(config: DictConfig) -> dict[str, str]:
+    tags = {
+        "model": str(config.model._target_).rsplit(".", 1)[-1],
+        "split": str(config.split.rule),
+        "torch": torch.__version__,
+        "device": _device(),
+    }
+    commit = _git_commit()
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def _git_commit() -> str | None:
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=5)
+    except OSError:
+        return None
+    return answer.stdout.strip() or None

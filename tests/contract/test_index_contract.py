@@ -1,0 +1,226 @@
+"""One contract for every index kind: what it finds is what brute force finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+
+from recsys.index import build as building
+from recsys.index.build import IndexSettings, build
+from recsys.index.search import ItemIndex
+from recsys.schema import InputError
+
+# B requests, H interests, D dim, N items
+N, D = 3000, 16
+KINDS = ("flat", "ivf_flat", "hnsw", "ivf_sq8")
+
+
+def clustered(count: int, seed: int) -> np.ndarray:
+    """Vectors around 40 centres, as an item catalogue's are; lengths differ a little."""
+    centres = np.random.default_rng(7).normal(size=(40, D))
+    rng = np.random.default_rng(seed)
+    vectors = centres[rng.integers(0, 40, count)] + 0.4 * rng.normal(size=(count, D))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors * rng.uniform(0.8, 1.2, (count, 1))).astype(np.float32)
+
+
+VECTORS_ND = clustered(N, 1)
+QUERIES_BD = clustered(64, 2)
+
+
+def exact(queries_HD, k, excluded=(), allowed=None):
+    """Score everything, the slow and certain way: item indices and scores."""
+    scores = (VECTORS_ND @ queries_HD.T).max(axis=1)
+    eligible = np.arange(1, N + 1) if allowed is None else np.asarray(allowed)
+    eligible = np.setdiff1d(eligible, excluded)
+    order = np.lexsort((eligible, -scores[eligible - 1]))[:k]
+    return eligible[order], scores[eligible[order] - 1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread():
+    with building.one_thread():
+        yield
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def index(request) -> ItemIndex:
+    built = build(VECTORS_ND, {"kind": request.param}, clustered(300, 3))
+    assert built.facts["recall"] >= 0.99
+    return ItemIndex(built.index, VECTORS_ND, built.facts)
+
+
+def assert_near_exact(index, found, wanted, least=0.97):
+    hits = [np.isin(f, w).mean() for f, (w, _) in zip(found.indices_BK, wanted, strict=True)]
+    assert np.mean(hits) >= (1.0 if index.kind == "flat" else least)
+    for indices, scores in zip(found.indices_BK, found.scores_BK, strict=True):
+        assert len(set(indices[indices > 0])) == (indices > 0).sum()
+        assert (np.diff(scores) <= 0).all()
+
+
+def test_plain_search(index):
+    found = index.search(QUERIES_BD[:, None], 20)
+    wanted = [exact(q[None], 20) for q in QUERIES_BD]
+    assert found.indices_BK.shape == (64, 20)
+    assert_near_exact(index, found, wanted)
+
+
+def test_scores_are_true_inner_products(index):
+    found = index.search(QUERIES_BD[:, None], 10)
+    true = np.einsum("bkd,bd->bk", VECTORS_ND[found.indices_BK - 1], QUERIES_BD)
+    np.testing.assert_allclose(found.scores_BK, true, atol=1e-5)
+
+
+def test_batch_equals_single(index):
+    batch = index.search(QUERIES_BD[:, None], 10)
+    for row, query in enumerate(QUERIES_BD):
+        single = index.search(query[None, None], 10)
+        assert (single.indices_BK[0] == batch.indices_BK[row]).all()
+
+
+def test_interests_merge_by_maximum(index):
+    queries_BHD = QUERIES_BD.reshape(16, 4, D)
+    found = index.search(queries_BHD, 30)
+    wanted = [exact(q, 30) for q in queries_BHD]
+    assert_near_exact(index, found, wanted)
+    if index.kind == "flat":
+        np.testing.assert_array_equal(found.indices_BK, [ids for ids, _ in wanted])
+
+
+@pytest.mark.parametrize("count", [1, 50, 800])
+def test_excluded_are_never_answered_and_k_remain(index, count):
+    excluded = [exact(q[None], count)[0] for q in QUERIES_BD]
+    found = index.search(QUERIES_BD[:, None], 20, excluded=excluded)
+    wanted = [exact(q[None], 20, e) for q, e in zip(QUERIES_BD, excluded, strict=True)]
+    assert (found.indices_BK > 0).all()
+    assert not any(np.isin(f, e).any() for f, e in zip(found.indices_BK, excluded, strict=True))
+    assert_near_exact(index, found, wanted, least=0.9)
+
+
+@pytest.mark.parametrize("share", [0.002, 0.1, 0.9])
+def test_allowed_is_searched_exactly(index, share):
+    """Even where the allowed items lie far from the query: the nearest ones are not allowed."""
+    scores = VECTORS_ND @ QUERIES_BD[0]
+    allowed = np.argsort(scores)[: int(N * share)] + 1
+    found = index.search(QUERIES_BD[:, None], 20, allowed=allowed)
+    for row, query in enumerate(QUERIES_BD):
+        ids, values = exact(query[None], 20, allowed=allowed)
+        np.testing.assert_array_equal(found.indices_BK[row, : len(ids)], ids)
+        np.testing.assert_allclose(found.scores_BK[row, : len(ids)], values, atol=1e-5)
+
+
+def test_excluded_and_allowed_together(index):
+    allowed = np.arange(1, N + 1, 7)
+    excluded = [exact(q[None], 5, allowed=allowed)[0] for q in QUERIES_BD]
+    found = index.search(QUERIES_BD[:, None], 5, excluded=excluded, allowed=allowed)
+    for row, query in enumerate(QUERIES_BD):
+        assert (found.indices_BK[row] == exact(query[None], 5, excluded[row], allowed)[0]).all()
+
+
+def test_fewer_than_k_exist(index):
+    allowed = np.array([5, 9, 11])
+    found = index.search(QUERIES_BD[:1, None], 6, excluded=[np.array([9])], allowed=allowed)
+    assert sorted(found.indices_BK[0].tolist()) == [0, 0, 0, 0, 5, 11]
+    assert (found.indices_BK[0, 2:] == 0).all()
+    assert np.isneginf(found.scores_BK[0, 2:]).all()
+
+
+def test_nothing_allowed(index):
+    found = index.search(QUERIES_BD[:2, None], 3, allowed=np.zeros(0, np.int64))
+    assert (found.indices_BK == 0).all()
+    assert np.isneginf(found.scores_BK).all()
+
+
+def test_everything_excluded(index):
+    found = index.search(QUERIES_BD[:1, None], 3, excluded=[np.arange(1, N + 1)])
+    assert (found.indices_BK == 0).all()
+
+
+def test_k_beyond_the_catalogue(index):
+    found = index.search(QUERIES_BD[:1, None], 10**9)
+    assert sorted(found.indices_BK[0].tolist()) == list(range(1, N + 1))
+    found = index.search(QUERIES_BD[:1, None], 10**9, excluded=[np.array([3, 4])])
+    assert sorted(found.indices_BK[0, :-2].tolist()) == [1, 2, *range(5, N + 1)]
+    assert (found.indices_BK[0, -2:] == 0).all()
+
+
+def test_no_requests(index):
+    assert index.search(np.zeros((0, 1, D), np.float32), 4).indices_BK.shape == (0, 4)
+
+
+def test_saved_equals_built(index, tmp_path: Path):
+    faiss.write_index(index.index, str(tmp_path / "index.faiss"))
+    name = "ef_search" if index.kind == "hnsw" else "nprobe"
+    facts = {"kind": index.kind, name: index.effort}
+    again = ItemIndex.load(tmp_path / "index.faiss", VECTORS_ND, facts)
+    kept, read = (i.search(QUERIES_BD[:, None], 10).indices_BK for i in (index, again))
+    np.testing.assert_array_equal(kept, read)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_tiny_catalogues(kind, count):
+    vectors_ND = clustered(count, 5)
+    built = build(vectors_ND, {"kind": kind})
+    found = ItemIndex(built.index, vectors_ND, built.facts).search(QUERIES_BD[:3, None], 50)
+    assert [sorted(row) for row in found.indices_BK.tolist()] == [list(range(1, count + 1))] * 3
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_curve_ends_at_the_target(kind):
+    facts = build(VECTORS_ND, {"kind": kind, "target_recall": 0.95}, QUERIES_BD).facts
+    name = "ef_search" if kind == "hnsw" else "nprobe"
+    efforts = [point[name] for point in facts["curve"]]
+    assert efforts == sorted(set(efforts))
+    assert facts[name] == efforts[-1]
+    assert facts["curve"][-1]["recall@100"] == facts["recall"] >= 0.95
+    assert all(point["recall@100"] < 0.95 for point in facts["curve"][:-1])
+    assert all(point["p50_ms"] > 0 for point in facts["curve"])
+
+
+def test_building_twice_is_the_same():
+    one, two = (build(VECTORS_ND, {"kind": "ivf_flat"}, QUERIES_BD) for _ in range(2))
+    assert (faiss.serialize_index(one.index) == faiss.serialize_index(two.index)).all()
+    assert one.facts["nprobe"] == two.facts["nprobe"]
+
+
+def test_auto_is_exact_up_to_its_limit():
+    assert build(VECTORS_ND, {"exact_up_to": N}).facts["kind"] == "flat"
+    assert build(VECTORS_ND, {"exact_up_to": N - 1}, QUERIES_BD).facts["kind"] == "ivf_flat"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_bad_vectors_name_the_row(value):
+    vectors_ND = VECTORS_ND.copy()
+    vectors_ND[17, 3] = value
+    with pytest.raises(InputError, match=r"1 of 3000 rows hold NaN or infinite.*row 17"):
+        build(vectors_ND)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "ivfflat"}, "did you mean 'ivf_flat'"),
+        ({"kindd": "flat"}, "unknown setting index.kindd.*did you mean 'kind'"),
+        ({"kind": "flat", "nlist": 4}, "index.nlist=4 has no effect with index.kind=flat"),
+        ({"kind": "hnsw", "exact_up_to": 5}, "no effect with index.kind=hnsw"),
+        ({"kind": "ivf_flat", "target_recall": 1.5}, "at most 1"),
+        ({"kind": "ivf_flat", "nlist": 0}, "must be above 0"),
+        ({"kind": "ivf_flat", "nlist": 4000}, "more than the 3000 items"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(InputError, match=message):
+        build(VECTORS_ND, settings)
+
+
+def test_another_catalogue_is_refused(tmp_path: Path):
+    built = build(VECTORS_ND)
+    with pytest.raises(InputError, match="holds 3000 × 16 vectors, expected 10 × 16"):
+        ItemIndex(built.index, VECTORS_ND[:10], built.facts)
+    (tmp_path / "index.faiss").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="not a FAISS index"):
+        ItemIndex.load(tmp_path / "index.faiss", VECTORS_ND, IndexSettings().__dict__)

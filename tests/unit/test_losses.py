@@ -1,0 +1,94 @@
+"""Losses against hand-worked tables and against obvious slow code."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from recsys import losses
+from recsys.losses import ItemSide
+
+
+def side(vectors: Tensor, share: Tensor | None = None) -> ItemSide:
+    if share is None:
+        share = torch.cat([torch.zeros(1), torch.full((len(vectors) - 1,), 1 / (len(vectors) - 1))])
+    return ItemSide(lambda: vectors, lambda index: vectors[index], share)
+
+
+def test_softmax_among_a_table() -> None:
+    # e^1 / (e^1 + e^0 + e^0), e^2 / (e^2 + e^1 + e^1)
+    positive, negative = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    expected = -(math.log(math.e / (math.e + 2)) + math.log(math.e**2 / (math.e**2 + 2 * math.e)))
+    assert losses.softmax_among(positive, negative).item() == pytest.approx(expected / 2)
+
+
+def test_binary_among_a_table() -> None:
+    loss = losses.binary_among(torch.zeros(1, 1), torch.zeros(1, 3), beta=0.5)
+    assert loss.item() == pytest.approx(3.5 * math.log(2))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_full_softmax_equals_cross_entropy_and_its_gradients(chunk: int) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(20, 8, dtype=torch.float64, requires_grad=True)
+    vectors = torch.randn(31, 8, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(1, 31, (20,))
+    ours = losses.full_softmax(query, target, side(vectors), temperature=0.5, chunk=chunk)
+    plain = F.cross_entropy(query @ vectors[1:].T / 0.5, target - 1)
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours * 3, (query, vectors)),
+        torch.autograd.grad(plain * 3, (query, vectors)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_sampled_softmax_nears_the_full_one() -> None:
+    torch.manual_seed(0)
+    query, vectors = torch.randn(64, 8), torch.randn(51, 8)
+    target = torch.randint(1, 51, (64,))
+    share = torch.cat([torch.zeros(1), torch.rand(50) + 0.1])
+    items = side(vectors, share / share.sum())
+    full = losses.full_softmax(query, target, items).item()
+    for by in ("uniform", "popularity"):
+        sampled = losses.sampled_softmax(query, target, items, negatives=20_000, by=by).item()
+        assert sampled == pytest.approx(full, rel=0.01)
+    uncorrected = losses.sampled_softmax(query, target, items, negatives=20_000, logq=False)
+    assert uncorrected.item() > full + 1
+
+
+def test_in_batch_softmax_a_table() -> None:
+    # Two different targets of equal share: the correction cancels; logits are 1/T on the diagonal.
+    vectors = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    loss = losses.in_batch_softmax(torch.eye(2), torch.tensor([1, 2]), side(vectors), temperature=1)
+    assert loss.item() == pytest.approx(-math.log(math.e / (math.e + 1)))
+
+
+def test_in_batch_softmax_ignores_a_repeated_target() -> None:
+    vectors = torch.tensor([[0.0], [1.0], [1.0]])
+    loss = losses.in_batch_softmax(torch.ones(2, 1), torch.tensor([1, 1]), side(vectors))
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_logq_favours_what_is_rarely_drawn() -> None:
+    vectors = torch.zeros(3, 1)
+    skewed = side(vectors, torch.tensor([0.0, 0.9, 0.1]))
+    loss = losses.in_batch_softmax(torch.ones(2, 1), torch.tensor([1, 2]), skewed)
+    # Equal scores: the corrected softmax gives item 1 a tenth and item 2 nine tenths.
+    assert loss.item() == pytest.approx(-(math.log(0.1) + math.log(0.9)) / 2, rel=1e-4)
+
+
+def test_gbce_without_calibration_is_bce() -> None:
+    torch.manual_seed(0)
+    query, target, items = torch.randn(5, 4), torch.tensor([1, 2, 3, 4, 5]), side(torch.randn(9, 4))
+    torch.manual_seed(1)
+    plain = losses.bce(query, target, items, negatives=3)
+    torch.manual_seed(1)
+    assert losses.gbce(query, target, items, negatives=3, calibration=0.0) == plain
+    torch.manual_seed(1)
+    assert losses.gbce(query, target, items, negatives=3, calibration=1.0) < plain

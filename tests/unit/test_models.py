@@ -1,0 +1,131 @@
+"""Every shipped model: causal, batch equals single, inputs as the dataset has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recsys.data.catalogue import Catalogue, Codes
+from recsys.history import Histories, encode, pack
+from recsys.models import Trajectory, TwoTower
+from recsys.schema import InputError
+
+N = 40
+
+
+def catalogue(**facts: Any) -> Catalogue:
+    codes = Codes(np.arange(N + 1) % 3, 3)
+    vectors = np.random.default_rng(0).normal(size=(N + 1, 5)).astype(np.float32)
+    features = {
+        "item_codes": {"category": codes},
+        "user_codes": {"region": Codes(np.array([0, 1, 1]), 2)},
+        "item_vectors": {"vector": vectors},
+    }
+    counts = np.concatenate([[0], np.arange(N)])
+    return Catalogue(N, 2, counts, **({"has_time": True, "has_types": True} | facts), **features)
+
+
+def models() -> dict[str, torch.nn.Module]:
+    torch.manual_seed(0)
+    features = {"item_features": ["category"], "item_vectors": ["vector"]}
+    return {
+        "trajectory": Trajectory(catalogue(), 12, 16).eval(),
+        "trajectory, items only": Trajectory(catalogue(has_time=False, has_types=False), 12, 16),
+        "two_tower": TwoTower(catalogue(), 12, 16).eval(),
+        "two_tower, features": TwoTower(
+            catalogue(), 12, 16, user_ids=True, user_features=["region"], **features
+        ),
+    }
+
+
+def some_histories(count: int = 6) -> Histories:
+    rng = np.random.default_rng(1)
+    return Histories.of(
+        [
+            (rng.integers(1, N + 1, n), rng.integers(1, 5, n), np.sort(rng.integers(0, 10**9, n)))
+            for n in rng.integers(1, 20, count)
+        ]
+    )
+
+
+def query(model: torch.nn.Module, histories: Histories) -> torch.Tensor:
+    now = np.full(len(histories), 2 * 10**9)
+    arrays = encode(histories, model.max_length, now) | {"users": np.ones(len(histories), int)}
+    with torch.no_grad():
+        return model.eval()(*(torch.from_numpy(arrays[name]) for name in model.inputs))
+
+
+@pytest.mark.parametrize("name", models())
+def test_batch_equals_single(name: str) -> None:
+    model, histories = models()[name], some_histories()
+    together = query(model, histories)
+    assert together.shape == (6, 1, 16)
+    for b in range(6):
+        part = slice(histories.offsets[b], histories.offsets[b + 1])
+        one = Histories.of([(histories.items[part], histories.types[part], histories.times[part])])
+        torch.testing.assert_close(query(model, one)[0], together[b], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", models())
+def test_item_vectors_agree(name: str) -> None:
+    model = models()[name].eval()
+    with torch.no_grad():
+        every = model.item_vectors()
+        torch.testing.assert_close(every[[3, 7]], model.vectors_of(torch.tensor([3, 7])))
+    assert every.shape == (N + 1, 16)
+
+
+@pytest.mark.parametrize("has_time", [True, False])
+def test_no_position_reads_what_follows_it(has_time: bool) -> None:
+    model = Trajectory(catalogue(has_time=has_time), 12, 16).eval()
+    batch = {k: torch.from_numpy(v) for k, v in pack(some_histories(), 12).items()}
+    with torch.no_grad():
+        before, _ = model.training_pairs(batch)
+        changed = dict(batch)
+        place = (0, 5)
+        for key, size in (("items", N), ("types", 4), ("gaps", 9)):
+            changed[key] = batch[key].clone()
+            changed[key][place] = batch[key][place] % size + 1
+        after, _ = model.training_pairs(changed)
+    moved = (before - after).abs().amax(1) > 1e-6
+    flat = (batch["segments"] > 0).flatten().nonzero().squeeze(1)
+    segment = batch["segments"][place]
+    where = {(int(p) // 12, int(p) % 12) for p in flat[moved]}
+    assert where
+    assert all(r == 0 and c >= 5 and batch["segments"][r, c] == segment for r, c in where)
+
+
+def test_packed_training_equals_serving() -> None:
+    """The query that a position trains is the one that its prefix is answered with."""
+    model = models()["trajectory"]
+    whole = some_histories(1).last(9)
+    with torch.no_grad():
+        packed, _ = model.training_pairs(
+            {k: torch.from_numpy(v) for k, v in pack(whole, 12).items()}
+        )
+    for end in range(1, len(whole.items)):
+        prefix = Histories.of([(whole.items[:end], whole.types[:end], whole.times[:end])])
+        arrays = encode(prefix, 12, whole.times[end : end + 1])
+        with torch.no_grad():
+            alone = model(*(torch.from_numpy(arrays[name]) for name in model.inputs))
+        torch.testing.assert_close(alone[0, 0], packed[end - 1], atol=1e-5, rtol=1e-5)
+
+
+def test_auto_reads_what_the_dataset_has() -> None:
+    assert Trajectory(catalogue(has_time=False, has_types=False), 5).inputs == ("items", "lengths")
+    assert "gaps" not in Trajectory(catalogue(), 5, gaps=False).inputs
+    with pytest.raises(InputError, match=r"model.gaps=true has no effect.*no timestamps"):
+        Trajectory(catalogue(has_time=False), 5, gaps=True)
+
+
+def test_unknown_feature_is_named() -> None:
+    with pytest.raises(InputError, match=r"no categorical item feature 'categry'.*'category'"):
+        TwoTower(catalogue(), item_features=["categry"])
+
+
+def test_dim_must_divide_by_heads() -> None:
+    with pytest.raises(InputError, match=r"model.dim=10 is not a multiple of model.heads=4"):
+        Trajectory(catalogue(), dim=10, heads=4)

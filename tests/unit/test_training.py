@@ -1,0 +1,117 @@
+"""Training on a log with a known answer: the item after the last one on the ring."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from recsys.artifacts import Workspace, write_json
+from recsys.cli import main
+from recsys.data.batches import PackedBatches, PairBatches
+from recsys.data.dataset import Dataset
+from recsys.schema import InputError
+from recsys.training.runs import BEST, load_run
+
+SMALL = "trainer=cpu model.dim=32 optimizer.lr=0.01 patience=null"
+TRAJECTORY = f"{SMALL} model.dropout=0.1 batches.size=16 trainer.max_epochs=12"
+TWO_TOWER = f"{SMALL} model=two_tower batches=pairs loss=in_batch_softmax trainer.max_epochs=6"
+
+
+@pytest.fixture
+def dataset(workspace: Workspace, ring_csv: Path) -> Dataset:
+    assert main(["prepare", "data=events", f"data.path={ring_csv}"]) == 0
+    return Dataset(workspace.find("dataset"))
+
+
+def trained(command: str, capsys: pytest.CaptureFixture[str]) -> dict:
+    assert main(["train", *command.split(), "--json"]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("command", [TRAJECTORY, TWO_TOWER], ids=["trajectory", "two_tower"])
+def test_the_next_item_of_the_ring_ranks_first(
+    command: str, dataset: Dataset, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = trained(f"{command} logger=csv", capsys)
+    floor = {"trajectory": 0.95, "two_tower": 0.5}[
+        load_run(workspace.find("run")).manifest["model"]
+    ]
+    assert result["test"]["ndcg@10"] > floor
+    assert result["test"]["ndcg@10"] > result["popularity"]["ndcg@10"] + 0.2
+
+
+@pytest.mark.parametrize("loss", ["sampled_softmax", "in_batch_softmax", "bce", "gbce"])
+def test_every_loss_learns(loss: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    few = {"sampled_softmax": 16, "bce": 4, "gbce": 16}.get(loss)
+    more = f"loss={loss} logger=csv trainer.max_epochs=25" + (
+        f" loss.negatives={few}" if few else ""
+    )
+    result = trained(f"{TRAJECTORY} {more}", capsys)
+    assert result["test"]["ndcg@10"] > result["popularity"]["ndcg@10"] + 0.2
+
+
+def test_checkpoint_holds_tensors_and_primitives(
+    dataset: Dataset, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(f"{SMALL} trainer.max_epochs=1 logger=csv", capsys)
+    run = load_run(workspace.find("run"))
+    state = torch.load(run.path / BEST, weights_only=True)
+    assert "model.items.weight" in state["state_dict"]
+    assert not run.model.training
+
+
+def test_the_same_seed_gives_the_same_run(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = f"{SMALL} trainer.max_epochs=2 logger=csv"
+    first, second, other = (trained(f"{short} seed={seed}", capsys) for seed in (1, 1, 2))
+    assert first["test"] == second["test"]
+    assert first["test"] != other["test"]
+
+
+def test_a_checkpoint_of_another_dataset_is_refused(
+    dataset: Dataset, workspace: Workspace, ring_csv: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(f"{SMALL} trainer.max_epochs=1 logger=csv", capsys)
+    run = workspace.find("run")
+    smaller = ["data.name=smaller", "data.min_user_events=2"]
+    lines = ring_csv.read_text().splitlines()
+    cut = workspace.root / "cut.csv"
+    cut.write_text("\n".join(lines[:200]))
+    main(["prepare", "data=events", f"data.path={cut}", *smaller])
+    other = Dataset(workspace.find("dataset"))
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["dataset"] |= {"path": str(other.path)}
+    write_json(run / "manifest.json", manifest)
+    with pytest.raises(InputError, match=r"fingerprint .* but the run was trained on"):
+        load_run(run)
+    manifest["dataset"] |= {"fingerprint": other.fingerprint}
+    write_json(run / "manifest.json", manifest)
+    with pytest.raises(InputError, match="does not fit this dataset or model"):
+        load_run(run)
+
+
+@pytest.mark.parametrize("kind", [PackedBatches, PairBatches])
+def test_batches_are_a_function_of_seed_epoch_and_step(kind: type, dataset: Dataset) -> None:
+    batches = kind(dataset, size=7, seed=3, length=6)
+    plain, worked = (list(batches.loader(workers)) for workers in (0, 2))
+    assert len(plain) == batches.steps
+    for left, right in zip(plain, worked, strict=True):
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    first, later = batches[(0, 0)], batches[(1, 0)]
+    assert not all(np.array_equal(first[name], later[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", [PackedBatches, PairBatches])
+def test_no_batch_holds_an_event_to_predict(kind: type, dataset: Dataset) -> None:
+    batches = kind(dataset, size=16, seed=0, length=50)
+    seen = {(int(user), int(end)) for user, end in zip(batches.users, batches.ends, strict=True)}
+    last = {user: max(e for u, e in seen if u == user) for user in {u for u, _ in seen}}
+    limit = 0 if kind is PackedBatches else 1
+    assert all(end <= dataset.split.train_end[user] - limit for user, end in last.items())
+    total = sum(int((batch["targets"] > 0).sum()) for batch in batches.loader())
+    assert total == int(np.maximum(dataset.split.train_end - 1, 0).sum())
