@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from recsys.data.dataset import Dataset
+from recsys.data.synthetic import truth_of
 from recsys.evaluation.baselines import baselines
 from recsys.evaluation.plots import learning_curves, scorer_bars, slice_bars
 from recsys.evaluation.protocol import Evaluation, evaluate
@@ -87,6 +88,8 @@ def rank_test(
     """Load the best checkpoint into `model`, rank the test part, and write ranks and plots."""
     load_weights(model, folder / BEST)
     scorers = [ModelScorer(model.eval().cpu(), name=str(facts["model"])), *baselines(dataset)]
+    truth = truth_of(dataset)
+    scorers += [truth] if truth else []
     rows = {s.name: evaluate(dataset, s, "test", exclude_seen=exclude_seen) for s in scorers}
     first = next(iter(rows))
     rows[first].save(folder / RANKS)
