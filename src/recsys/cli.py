@@ -135,8 +135,12 @@ def export(arguments: Arguments) -> Outcome:
     """Run → bundle, registered in MLflow."""
     from recsys import launch
 
-    run = Workspace().find("run", arguments.run_name)
-    exported = launch.export(run, arguments.overrides, Workspace(), promote=arguments.promote)
+    names = [word for word in arguments.words if "=" not in word]
+    if len(names) > 1:
+        raise InputError(f"one run at a time; met {' '.join(names)}: recsys export {names[0]}")
+    run = Workspace().find("run", names[0] if names else "latest")
+    overrides = [word for word in arguments.words if "=" in word]
+    exported = launch.export(run, overrides, Workspace(), promote=arguments.promote)
     facts = {"bundle": str(exported.bundle), "model": exported.model}
     registered = f", registered as {exported.model}" if exported.model else ""
     return Outcome(
@@ -251,9 +255,9 @@ def _add_with_run(verbs: Any) -> None:
     verb = _verb(verbs, "evaluate", evaluate, "run → test metrics beside the baselines")
     verb.add_argument("run_name", nargs="?", default="latest", metavar="RUN")
     verb = _verb(verbs, "export", export, "run → bundle: ONNX, vectors, index, vocabularies")
-    verb.add_argument("run_name", nargs="?", default="latest", metavar="RUN")
     verb.add_argument("--promote", action="store_true", help="set the alias `champion` in MLflow")
-    _add_overrides(verb)
+    words = "[RUN] and settings, as in index=ivf_flat registry.name=shop"
+    verb.add_argument("words", nargs="*", metavar="RUN | KEY=VALUE", help=words)
 
 
 def _add_compare(verbs: Any) -> None:

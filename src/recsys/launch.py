@@ -205,7 +205,10 @@ def run(overrides: Sequence[str], workspace: Workspace) -> Done:
         **first.tested.metrics,
         "bundle": str(exported.bundle),
         "model": exported.model,
-        "variants": {n: {"run": t.run.name, **t.tested.metrics} for n, t in trained.items()},
+        "variants": {
+            name: {"run": one.run.name, "seconds": one.seconds, **one.tested.metrics}
+            for name, one in trained.items()
+        },
     }
     return Done(trained, exported.bundle, facts)
 

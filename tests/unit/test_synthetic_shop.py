@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from recsys.artifacts import Workspace
 from recsys.data.prepare import prepare
-from recsys.data.shop_catalogue import DAY, FIRST_DAY, HOUR
+from recsys.data.shop_stock import DAY, FIRST_DAY, HOUR
 from recsys.data.synthetic import CART, FAVOURITE, PURCHASE, VIEW, Block, SyntheticShop, truth_of
 from recsys.evaluation.protocol import evaluate
 from recsys.history import Histories
@@ -107,7 +107,7 @@ def test_every_act_follows_on_its_item(block: Block) -> None:
 
 
 def test_good_and_cheap_items_are_bought_more(block: Block) -> None:
-    goods = SHOP.catalogue
+    goods = SHOP.stock
     viewed, bought = (block.rows[block.kinds == kind] for kind in (VIEW, PURCHASE))
     assert goods.quality[bought].mean() > goods.quality[viewed].mean() + 0.2
 
@@ -115,7 +115,7 @@ def test_good_and_cheap_items_are_bought_more(block: Block) -> None:
 def test_values_are_dwell_and_price(block: Block) -> None:
     views, bought = block.kinds == VIEW, block.kinds == PURCHASE
     assert (block.values[views] > 0).all()
-    np.testing.assert_array_equal(block.values[bought], SHOP.catalogue.price[block.rows[bought]])
+    np.testing.assert_array_equal(block.values[bought], SHOP.stock.price[block.rows[bought]])
     assert np.isnan(block.values[~views & ~bought]).all()
     leads_on = np.flatnonzero(views[:-1] & (block.kinds[1:] > VIEW))
     assert block.values[leads_on].mean() > 2 * block.values[views].mean()
@@ -124,15 +124,15 @@ def test_values_are_dwell_and_price(block: Block) -> None:
 def test_newcomers_come_late(block: Block) -> None:
     first = (block.times[block.offsets[:-1]] - FIRST_DAY) / (SHOP.days * DAY)
     assert 0.1 < (first > 0.79).mean() < 0.2
-    late = SHOP.catalogue.first_sale > FIRST_DAY
+    late = SHOP.stock.first_sale > FIRST_DAY
     assert 0.05 < late.mean() < 0.15
     assert np.isin(np.flatnonzero(late), block.rows).any()
-    assert (block.times >= SHOP.catalogue.first_sale[block.rows]).all()
+    assert (block.times >= SHOP.stock.first_sale[block.rows]).all()
 
 
 def test_interests_drift_to_neighbours(block: Block) -> None:
     same_user = np.diff(owners(block)) == 0
-    hop = np.diff(SHOP.catalogue.aisle[block.rows])[same_user] % SHOP.num_aisles
+    hop = np.diff(SHOP.stock.aisle[block.rows])[same_user] % SHOP.num_aisles
     assert (hop == 0).mean() > 0.7
     moved = hop[hop != 0]
     assert np.isin(moved, [1, SHOP.num_aisles - 1]).mean() > 0.6
@@ -140,7 +140,7 @@ def test_interests_drift_to_neighbours(block: Block) -> None:
 
 def test_aisles_have_their_hours(block: Block) -> None:
     """Where people start a visit leans to the aisles whose hour it is."""
-    goods = SHOP.catalogue
+    goods = SHOP.stock
     hour = block.times // HOUR % 24
     returned = np.flatnonzero((np.diff(block.times) > HOUR) & (np.diff(owners(block)) == 0)) + 1
     tilt = goods.hour_tilt[goods.aisle[block.rows[returned]], hour[returned]]
@@ -198,7 +198,7 @@ def test_truth_is_the_same_for_one_as_for_many(asked: tuple) -> None:
 def test_truth_counts_items_as_the_dataset_does(asked: tuple) -> None:
     histories, _, now, probability_BN = asked
     order = np.random.default_rng(0).permutation(SHOP.num_items)
-    truth = SHOP.truth([SHOP.catalogue.item_ids[row] for row in order])
+    truth = SHOP.truth([SHOP.stock.item_ids[row] for row in order])
     recounted = replace(histories, items=np.argsort(order)[histories.items - 1] + 1)
     np.testing.assert_allclose(truth.probabilities(recounted, now), probability_BN[:, order])
 
@@ -208,7 +208,7 @@ def test_newcomer_gets_popular_items_on_sale() -> None:
     histories = Histories.of([(nothing, nothing, nothing)])
     (probability_N,) = SHOP.truth().probabilities(histories, np.array([FIRST_DAY]))
     assert probability_N.sum() == pytest.approx(1)
-    assert (probability_N[SHOP.catalogue.first_sale > FIRST_DAY] == 0).all()
+    assert (probability_N[SHOP.stock.first_sale > FIRST_DAY] == 0).all()
 
 
 def test_long_look_means_that_the_item_is_wanted() -> None:
@@ -243,12 +243,12 @@ def test_tables_read_as_people_speak(tmp_path: Path, block: Block) -> None:
 
 
 def test_vectors_lie_by_aisle() -> None:
-    table = SHOP.catalogue.table()
+    table = SHOP.stock.table()
     vector_ND = np.array(table["vector"].to_pylist())
     distance_NN = ((vector_ND[:, None] - vector_ND[None]) ** 2).sum(-1)
     np.fill_diagonal(distance_NN, np.inf)
     nearest = distance_NN.argmin(1)
-    assert (SHOP.catalogue.aisle[nearest] == SHOP.catalogue.aisle).mean() > 0.99
+    assert (SHOP.stock.aisle[nearest] == SHOP.stock.aisle).mean() > 0.99
 
 
 def test_read_gives_typed_tables(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recsys.artifacts import writing
-from recsys.data.shop_catalogue import DAY, FIRST_DAY, HOUR, Catalogue
+from recsys.data.shop_stock import DAY, FIRST_DAY, HOUR, Stock
 from recsys.history import Histories
 from recsys.schema import EVENT_TYPES, InputError
 
@@ -85,12 +85,12 @@ class SyntheticShop:
     'Camping'
     """
 
-    num_users: int = 2_000
+    num_users: int = 4_000
     num_items: int = 500
     num_aisles: int = 20
     events_per_user: int = 40
     days: int = 90
-    follow: float = 0.5
+    follow: float = 0.45
     seed: int = 0
     block_events: int = 2_000_000
 
@@ -113,17 +113,17 @@ class SyntheticShop:
         if not 0 <= self.follow <= 1:
             raise InputError(
                 f"synthetic shop: follow is {self.follow}; expected 0 to 1: set "
-                "data.source.follow=0.5"
+                "data.source.follow=0.45"
             )
 
     @cached_property
-    def catalogue(self) -> Catalogue:
+    def stock(self) -> Stock:
         """What this shop sells, with the same settings always the same."""
-        return Catalogue.stock(self.num_items, self.num_aisles, self.days, self.seed)
+        return Stock.fill(self.num_items, self.num_aisles, self.days, self.seed)
 
     def truth(self, item_ids: Sequence[str] | None = None) -> ShopTruth:
         """Return what is known of this shop, for items counted as in `item_ids` (item 1 first)."""
-        return ShopTruth(self, list(self.catalogue.item_ids if item_ids is None else item_ids))
+        return ShopTruth(self, list(self.stock.item_ids if item_ids is None else item_ids))
 
     def read(self, con: ibis.BaseBackend, path: Path | None, scratch: Path) -> Tables:
         """Write the shop's tables below `scratch` and return them."""
@@ -144,11 +144,11 @@ class SyntheticShop:
 
     def write(self, folder: Path) -> None:
         """Write `events`, `items` and `users` as Parquet, a block of users at a time."""
-        pq.write_table(self.catalogue.table(), folder / "items.parquet")
+        pq.write_table(self.stock.table(), folder / "items.parquet")
         events, users = folder / "events.parquet", folder / "users.parquet"
         with pq.ParquetWriter(events, EVENTS) as events_out, pq.ParquetWriter(users, USERS) as out:
             for block in self.blocks():
-                events_out.write_table(_event_table(block, self.catalogue))
+                events_out.write_table(_event_table(block, self.stock))
                 out.write_table(_user_table(block))
 
     def blocks(self) -> Iterator[Block]:
@@ -191,7 +191,7 @@ class _Walk:
     """Some users on their way through the shop, one step of all of them at a time."""
 
     def __init__(self, shop: SyntheticShop, users_U: Ints) -> None:
-        self.shop, self.goods, self.users = shop, shop.catalogue, users_U
+        self.shop, self.goods, self.users = shop, shop.stock, users_U
         self.stream = _mix(_mix(np.array([shop.seed + 1], np.uint64)) ^ users_U.astype(np.uint64))
         self.late = self.draw("late") < LATE_USERS
         self.counts = self._counts()
@@ -203,7 +203,7 @@ class _Walk:
         """Return uniform numbers that depend on the seed, the user, the step and the name alone."""
         place = np.atleast_1d(step).astype(np.uint64) * np.uint64(len(DICE))
         state = self.stream[users_U] + (place + np.uint64(DICE.index(name) + 1)) * GOLDEN
-        return (_mix(state) >> np.uint64(11)) * 2.0**-53
+        return (_mix(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def block(self) -> Block:
         """Walk to the end of every user's events."""
@@ -230,8 +230,8 @@ class _Walk:
 
     def _step(self, users: Ints, step: int) -> None:
         at = self.offsets[users] + step
-        last = (column[at - 1] for column in (self.rows, self.kinds, self.times))
-        stand = Standing(*last, self.before_row[users], self.before_kind[users])
+        row, kind, time = (column[at - 1] for column in (self.rows, self.kinds, self.times))
+        stand = Standing(row, kind, time, self.before_row[users], self.before_kind[users])
         acts = self.draw("act", users, step) < act_chance(self.goods, stand)
         leaves = ~acts & (self.draw("leave", users, step) < LEAVE_CHANCE)
         now = self._moment(users, step, stand.time, acts, leaves)
@@ -288,12 +288,12 @@ class _Walk:
         return np.where(self.draw("at home") < 0.7, home, anywhere)
 
 
-def act_chance(goods: Catalogue, stand: Standing) -> Floats:
+def act_chance(goods: Stock, stand: Standing) -> Floats:
     """Return the chance that the next event is an act on the same item."""
     return ACT_CHANCE[stand.kind] * goods.desire[stand.row]
 
 
-def drift(goods: Catalogue, stand: Standing, now: Ints, leaves: Bools) -> tuple[Ints, Floats]:
+def drift(goods: Stock, stand: Standing, now: Ints, leaves: Bools) -> tuple[Ints, Floats]:
     """Return four candidate aisles and their weights, both [U, K]; an aisle may be there twice."""
     here = goods.aisle[stand.row]
     earlier = np.where(stand.before_row >= 0, goods.aisle[stand.before_row], here)
@@ -302,7 +302,7 @@ def drift(goods: Catalogue, stand: Standing, now: Ints, leaves: Bools) -> tuple[
     return aisles_UK, DRIFT[leaves.astype(np.int64)] * goods.tilt(aisles_UK, now[:, None])
 
 
-def following(goods: Catalogue, row: Ints, kind: Ints) -> Ints:
+def following(goods: Stock, row: Ints, kind: Ints) -> Ints:
     """Return the next few items along the aisle, or across it after more than a view: [U, S]."""
     start = goods.starts[goods.aisle[row]]
     size = goods.starts[goods.aisle[row] + 1] - start
@@ -311,7 +311,7 @@ def following(goods: Catalogue, row: Ints, kind: Ints) -> Ints:
     return start[:, None] + (place[:, None] + steps) % size[:, None]
 
 
-def popular(goods: Catalogue, aisle: Ints, now: Ints, chance: Floats) -> Ints:
+def popular(goods: Stock, aisle: Ints, now: Ints, chance: Floats) -> Ints:
     """Draw one item on sale in each aisle, by popularity."""
     start, end = goods.starts[aisle], goods.on_sale(aisle, now)
     low, high = goods.mass_before[start], goods.mass_before[end]
@@ -321,7 +321,7 @@ def popular(goods: Catalogue, aisle: Ints, now: Ints, chance: Floats) -> Ints:
 
 def truth_of(dataset: Dataset) -> ShopTruth | None:
     """Return what is known of the shop that a dataset came from; None for any other."""
-    source = dict(dataset.manifest["prepare"]["source"])
+    source = dict(dataset.manifest.get("prepare", {}).get("source", {}))
     if source.pop("_target_", None) != f"{__name__}.{SyntheticShop.__name__}":
         return None
     return SyntheticShop(**source).truth(dataset.items["item_id"].to_pylist())
@@ -357,7 +357,7 @@ class ShopTruth:
     name = "best achievable"
 
     def __init__(self, shop: SyntheticShop, item_ids: list[str]) -> None:
-        self.shop, self.goods, self.item_ids = shop, shop.catalogue, item_ids
+        self.shop, self.goods, self.item_ids = shop, shop.stock, item_ids
         rows = {name: row for row, name in enumerate(self.goods.item_ids)}
         strange = next((name for name in item_ids if name not in rows), None)
         if strange is not None:
@@ -406,7 +406,7 @@ class ShopTruth:
         """
         known = histories.lengths > 0
         probability_BN = np.empty((len(histories), len(self.goods)))
-        aisles_BA = np.full((np.sum(~known), self.goods.num_aisles), 1 / self.goods.num_aisles)
+        aisles_BA = np.full((int(np.sum(~known)), self.goods.num_aisles), 1 / self.goods.num_aisles)
         probability_BN[~known] = self._by_popularity(aisles_BA, now[~known])
         probability_BN[known] = self._after(self._standing(histories, known), now[known])
         return probability_BN[:, self.rows]
@@ -474,7 +474,7 @@ EVENTS = pa.schema(
 USERS = pa.schema({"user_id": pa.string(), "region": pa.string()})
 
 
-def _event_table(block: Block, goods: Catalogue) -> pa.Table:
+def _event_table(block: Block, goods: Stock) -> pa.Table:
     owner = np.repeat(np.arange(len(block.users)), np.diff(block.offsets))
     columns = [
         _coded(owner, _user_ids(block)),

@@ -35,7 +35,7 @@ class Trajectory(nn.Module):
 
     Source: SASRec (Kang and McAuley 2018, section 3) with pre-normalised layers; item vectors are
     tied between input and output. `event_types`, `gaps` and `context` (gap to the request, hour
-    and weekday, added to the query) are read where the dataset has them (`auto`).
+    and weekday, mixed into the query) are read where the dataset has them (`auto`).
     """
 
     layout = "packed"
@@ -74,8 +74,9 @@ class Trajectory(nn.Module):
         hidden_BLD = self._encode(batch, self.positions(positions_L), mask=None)
         last_B = (batch["lengths"] - 1).clamp(min=0)
         index_B1D = last_B[:, None, None].expand(-1, 1, hidden_BLD.shape[-1])
-        query_B1D = hidden_BLD.gather(1, index_B1D)
-        return query_B1D if self.context is None else query_B1D + self.context(batch)[:, None]
+        query_BD = hidden_BLD.gather(1, index_B1D).squeeze(1)
+        query_BD = query_BD if self.context is None else self.context(query_BD, batch)
+        return query_BD[:, None]
 
     def training_pairs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return query_PD and target_P for the real positions of packed rows."""
@@ -87,8 +88,8 @@ class Trajectory(nn.Module):
         real_RL = segments_RL > 0
         query_PD = hidden_RLD[real_RL]
         if self.context is not None:
-            names = RequestContext.inputs
-            query_PD = query_PD + self.context({name: batch[name][real_RL] for name in names})
+            asked = {name: batch[name][real_RL] for name in RequestContext.inputs}
+            query_PD = self.context(query_PD, asked)
         return query_PD, batch["targets"][real_RL]
 
     def item_vectors(self) -> Tensor:
@@ -146,7 +147,11 @@ class Layer(nn.Module):
 
 
 class RequestContext(nn.Module):
-    """When the request comes, as a vector: gap since the last event, hour of day, weekday."""
+    """Fits a query to when it is asked: gap since the last event, hour of day, weekday.
+
+    A small network behind the sum lets the moment turn what the path says: after a night, another
+    aisle; within a minute, not the same item again. A sum alone can only add to it.
+    """
 
     inputs = ("request_gap", "request_hour", "request_weekday")
 
@@ -154,10 +159,13 @@ class RequestContext(nn.Module):
         super().__init__()
         sizes = zip(self.inputs, (GAP_BUCKETS, 24, 7), strict=True)
         self.tables = nn.ModuleDict({name: nn.Embedding(size, dim) for name, size in sizes})
+        self.mix = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return context [..., D] for the request arrays [...] in `batch`."""
-        return torch.stack([self.tables[name](batch[name]) for name in self.inputs]).sum(0)
+    def forward(self, query_PD: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return query_PD for the moments [P] in `batch`."""
+        for name in self.inputs:
+            query_PD = query_PD + self.tables[name](batch[name])
+        return query_PD + self.mix(query_PD)
 
 
 def _inputs(catalogue: Catalogue, event_types: Auto, gaps: Auto, context: Auto) -> tuple[str, ...]:

@@ -17,6 +17,8 @@ from recsys.evaluation.scorers import ModelScorer
 from recsys.training.memory import peak_memory_gib
 
 MONITOR = "validation/ndcg@10"
+EPOCH_KS = (10, 20, 100)
+"""Cut-offs of each epoch's figures; the test at the end has all."""
 
 
 class FullRanking(Callback):
@@ -49,10 +51,15 @@ class FullRanking(Callback):
         module.model.eval()
         scorer = ModelScorer(module.model, module.device)
         result = evaluate(
-            self.dataset, scorer, "validation", exclude_seen=self.exclude_seen, details=False
+            self.dataset,
+            scorer,
+            "validation",
+            exclude_seen=self.exclude_seen,
+            ks=EPOCH_KS,
+            details=False,
         )
         module.model.train()
-        return result.metrics
+        return {name: value for name, value in result.metrics.items() if "/" not in name}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epochs' figures."""

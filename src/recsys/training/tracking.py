@@ -52,6 +52,14 @@ class CsvTracker:
         self.logger.save()
 
 
+class MlflowNames(MLFlowLogger):
+    """Logs `ndcg@10` as `ndcg_at_10`, MLflow's own way to write it: it allows no `@`."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log one step's metrics."""
+        super().log_metrics({k.replace("@", "_at_"): v for k, v in metrics.items()}, step)
+
+
 class MlflowTracker:
     """One MLflow run a training, continued under the same id when it is resumed."""
 
@@ -59,7 +67,7 @@ class MlflowTracker:
         self, name: str, experiment: str, workspace: Workspace, run_id: str | None
     ) -> None:
         workspace.root.mkdir(parents=True, exist_ok=True)
-        self.logger = MLFlowLogger(
+        self.logger = MlflowNames(
             experiment_name=experiment,
             run_name=name,
             tracking_uri=workspace.tracking_uri,

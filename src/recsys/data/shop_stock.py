@@ -53,7 +53,7 @@ HOUSES = ("& Co.", "Works", "Brothers", "Studio", "Supply")
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Stock:
     """What the shop sells and how it tilts choices.
 
     Per item [N]: aisle, weight (popularity), quality, price, first_sale (milliseconds). Per aisle:
@@ -71,25 +71,19 @@ class Catalogue:
     seed: int
 
     @classmethod
-    def stock(cls, num_items: int, num_aisles: int, days: int, seed: int) -> Catalogue:
+    def fill(cls, num_items: int, num_aisles: int, days: int, seed: int) -> Stock:
         """Fill the shelves, the same for the same arguments."""
         rng = np.random.default_rng([seed, 0])
         aisle = np.arange(num_items) * num_aisles // num_items
         starts = np.searchsorted(aisle, np.arange(num_aisles + 1))
         quality = rng.normal(size=num_items)
         rank = _rank_within(aisle, -quality - rng.normal(size=num_items)) - starts[aisle]
+        price = rng.normal(3, 0.5, num_aisles)[aisle] + quality / 4 + rng.normal(0, 0.4, num_items)
         return cls(
             aisle=aisle,
-            weight=(1.0 + rank) ** -ZIPF,
+            weight=np.asarray((1.0 + rank) ** -ZIPF, np.float64),
             quality=quality,
-            price=np.round(
-                np.exp(
-                    rng.normal(3, 0.5, num_aisles)[aisle]
-                    + quality / 4
-                    + rng.normal(0, 0.4, num_items)
-                ),
-                2,
-            ),
+            price=np.exp(price).round(2),
             first_sale=_first_sales(aisle, starts, days, rng),
             starts=starts,
             hour_tilt=_waves(rng.uniform(size=num_aisles), 24, HOUR_TILT),

@@ -1,0 +1,134 @@
+"""README's commands, run as printed: only ports differ, and what serves is stopped at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BIN = Path(sys.executable).parent
+
+
+def commands(heading: str) -> list[str]:
+    """Return the lines of every bash block below a heading of README."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    return [line for block in blocks for line in block.strip().splitlines()]
+
+
+@pytest.fixture
+def shop(tmp_path: Path, ring_csv: Path) -> Path:
+    """An empty folder with a person's events.csv in it."""
+    shutil.copy(ring_csv, tmp_path / "events.csv")
+    return tmp_path
+
+
+def environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("RECSYS_HOME", "MLFLOW_TRACKING_URI")}
+    return {**kept, "PATH": f"{BIN}:{kept['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def run(line: str, folder: Path) -> str:
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@contextmanager
+def running(line: str, url: str, folder: Path) -> Iterator[None]:
+    """Run what serves until the block ends, from the moment it answers."""
+    process = subprocess.Popen(
+        ["bash", "-c", f"exec {line}"],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(url, process)
+        yield
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def wait_for(url: str, process: subprocess.Popen) -> None:
+    for _ in range(600):
+        assert process.poll() is None, f"ended with {process.returncode} before it answered"
+        try:
+            urlopen(url, timeout=5).close()
+            return
+        except URLError:
+            time.sleep(0.2)
+    raise AssertionError(f"no answer from {url}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = [line.split()[1] for line in commands("Try it") if line.startswith("make ")]
+    assert targets[:2] == ["demo", "test"]
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="README asks with curl, which is not here")
+def test_your_own_events(shop: Path) -> None:
+    lines = commands("Your own events")
+    port = free_port()
+    for line in (line for line in lines if "serve" not in line and "curl" not in line):
+        assert "Next" in run(line, shop)
+    (serve,) = (line for line in lines if "serve" in line)
+    asks = [line for line in lines if "curl" in line]
+    assert len(asks) == 5
+    with running(serve.replace("8000", str(port)), f"http://localhost:{port}/readyz", shop):
+        answers = [json.loads(run(line.replace("8000", str(port)), shop)) for line in asks]
+    assert [answer.get("source") for answer in answers[:3]] == ["model", "model", "popular"]
+    assert len(answers[0]["items"]) == 5
+    assert answers[3]["item_id"] == answers[4]["item_id"] == "i7"
+
+
+def test_step_by_step(shop: Path) -> None:
+    *lines, ui = commands("Step by step")
+    for line in lines:
+        assert "Next" in run(line, shop)
+    port = free_port()
+    with running(f"{ui} --port {port}", f"http://localhost:{port}/", shop):
+        pass
+    registered = run("recsys recommend --bundle models:/shop@champion --user u1 -k 3", shop)
+    assert "recommendations" in registered
+
+
+def test_sweeps(shop: Path) -> None:
+    run("recsys prepare data=events data.path=events.csv", shop)
+    for line in commands("Settings"):
+        run(line, shop)
+    runs = [path for path in (shop / "workspace" / "runs").iterdir() if not path.is_symlink()]
+    assert len(runs) == 3 + 2
+
+
+def test_every_experiment_is_named() -> None:
+    """Lines that need downloads are only read: their experiment and source must exist."""
+    for name in re.findall(r"experiment=(\w+)", README):
+        assert (ROOT / "configs" / "experiment" / f"{name}.yaml").is_file()

@@ -1,0 +1,88 @@
+"""What is served is what was evaluated: the top 20 of 1,000 users, offline and over HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from recsys.artifacts import Workspace
+from recsys.cli import main
+from recsys.data.dataset import Dataset
+from recsys.evaluation.protocol import requests
+from recsys.evaluation.scorers import EvaluationBatch, ModelScorer
+from recsys.schema import EVENT_TYPES
+from recsys.serving.app import create_app
+from recsys.serving.engine import Engine
+from recsys.training.runs import load_run
+
+USERS, K = 1000, 20
+SHOP = ["data=synthetic", f"data.source.num_users={USERS + 100}", "data.source.num_items=300"]
+MODELS = {
+    "trajectory": ["batches.size=64"],
+    "two_tower": ["model=two_tower", "batches=pairs", "loss=in_batch_softmax"],
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("exclude_seen", [True, False], ids=["unseen", "all"])
+def test_http_top_20_is_the_offline_top_20(
+    model: str, exclude_seen: bool, workspace: Workspace
+) -> None:
+    settings = [
+        *MODELS[model],
+        "trainer=cpu",
+        "trainer.max_epochs=1",
+        "logger=csv",
+        "patience=null",
+    ]
+    assert main(["train", *SHOP, *settings]) == 0
+    assert main(["export", "index=flat"]) == 0
+    run = load_run(workspace.find("run"))
+    asked = requests(run.dataset, "test")
+    users, places, now = asked.users[:USERS], asked.places[:USERS], asked.now[:USERS]
+    assert len(users) == USERS
+    batch = EvaluationBatch(users, run.dataset.histories(users, places), now)
+    offline = top(ModelScorer(run.model).score(batch).numpy(), batch, exclude_seen)
+    with TestClient(create_app(Engine.load(workspace.find("bundle")))) as client:
+        for b in range(USERS):
+            body = {"history": history(run.dataset, batch, b), "k": K, "now": int(now[b])}
+            answer = client.post("/v1/recommend", json=body | {"exclude_seen": exclude_seen})
+            assert answer.status_code == 200, answer.text
+            check(answer.json(), *offline[b], run.dataset)
+
+
+def top(
+    scores_BN: np.ndarray, batch: EvaluationBatch, exclude_seen: bool
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return all scores of each user, and the 20 best of them."""
+    scores_BN = scores_BN.copy()
+    scores_BN[:, 0] = -np.inf
+    if exclude_seen:
+        rows = np.repeat(np.arange(len(batch)), batch.histories.lengths)
+        scores_BN[rows, batch.histories.items] = -np.inf
+    return [(row, np.sort(row)[::-1][:K]) for row in scores_BN]
+
+
+def history(dataset: Dataset, batch: EvaluationBatch, b: int) -> list[dict[str, Any]]:
+    ids = dataset.items["item_id"]
+    part = slice(batch.histories.offsets[b], batch.histories.offsets[b + 1])
+    columns = (column[part] for column in (batch.histories.items, batch.histories.types))
+    return [
+        {
+            "item_id": ids[int(item) - 1].as_py(),
+            "event_type": EVENT_TYPES[int(kind) - 1],
+            "timestamp": int(time),
+        }
+        for item, kind, time in zip(*columns, batch.histories.times[part], strict=True)
+    ]
+
+
+def check(answer: dict[str, Any], scores_N: np.ndarray, best_K: np.ndarray, data: Dataset) -> None:
+    """The same scores place by place; items may only change places where scores are equal."""
+    index = {name: i for i, name in enumerate(data.items["item_id"].to_pylist(), start=1)}
+    found = np.array([index[item["item_id"]] for item in answer["items"]])
+    np.testing.assert_allclose(scores_N[found], best_K, atol=1e-4)
+    np.testing.assert_allclose([item["score"] for item in answer["items"]], best_K, atol=1e-4)
