@@ -187,7 +187,7 @@ def _parsed(uri: str) -> tuple[str, str, str]:
 
 def _known(client: MlflowClient, name: str) -> str:
     models = {model.name: model for model in client.search_registered_models()}
-    make = "make one with `recsys export --register NAME`"
+    make = "make one with `recsys export registry.name=NAME`"
     if name not in models:
         there = f"; there is: {', '.join(models)}" if models else ""
         return f"no model named {name!r} is registered{there}; {make}"
@@ -202,7 +202,7 @@ def _local_path(version: ModelVersion, workspace: Workspace) -> Path:
     if not name or not fingerprint:
         raise InputError(
             f"{SCHEME}{version.name}/{version.version} was not registered by recsys; register a "
-            "bundle with `recsys export --register NAME`"
+            "bundle with `recsys export registry.name=NAME`"
         )
     path = workspace.folder("bundle") / name
     same = not path.exists() or _fingerprint(path) == fingerprint
