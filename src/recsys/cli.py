@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return 0, or 2 with a message where the user gave something wrong."""
     started = time.perf_counter()
     arguments = parser().parse_args(argv)
-    # Read when OpenMP is loaded. By default its threads spin for milliseconds while they wait, and
-    # starve each other wherever cores are shared: training was 16 times slower beside one other busy
+    # Read when OpenMP is loaded. By default its threads spin for milliseconds while they wait and
+    # starve each other where cores are shared: training was 16 times slower beside one other busy
     # process. A short spin costs a twentieth when alone.
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     try:

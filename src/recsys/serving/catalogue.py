@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from recsys.index.bundle import ITEMS, Bundle
+from recsys.index.bundle import Bundle
 from recsys.schema import InputError
 from recsys.serving.messages import Recommended
 
@@ -39,14 +37,14 @@ class Catalogue:
     """Everything about items that an answer may need, as lists and arrays ready to index."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self.table = read_table(bundle.path / ITEMS)
-        self.ids: list[str] = ["", *self.table["item_id"].to_pylist()]
-        self.index = {item_id: index for index, item_id in enumerate(self.ids) if index}
+        self.table = bundle.items
+        self.ids: list[str] = bundle.item_ids.tolist()
+        self.index = bundle.item_index
         self.titles = self._padded(TITLE_COLUMNS)
         self.categories = self._padded(CATEGORY_COLUMNS)
         self.members = _members(self.categories)
-        self.counts = np.array([0, *self.table["count"].to_pylist()], np.int64)
-        self.by_popularity = np.argsort(-self.counts[1:], kind="stable") + 1
+        self.counts = bundle.counts
+        self.by_popularity = bundle.popular
         self.place = np.empty(len(self.ids), np.int64)
         self.place[self.by_popularity] = np.arange(len(self.by_popularity))
 
@@ -94,11 +92,6 @@ class Catalogue:
         row = self.table.slice(index - 1, 1)
         shown = [f.name for f in row.schema if f.name not in NOT_FEATURES and not _is_vector(f)]
         return {name: row[name][0].as_py() for name in shown}
-
-
-def read_table(file: Path) -> pa.Table:
-    """Read a Parquet file; `pq.read_table` and `to_numpy` would load pandas into the server."""
-    return pq.ParquetFile(file).read()
 
 
 def _members(categories: Sequence[str | list[str] | None]) -> dict[str, Indices]:

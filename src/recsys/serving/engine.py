@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.history import Histories, encode
-from recsys.index.bundle import USERS, Bundle, UserRows
+from recsys.index.bundle import Bundle
 from recsys.index.search import ItemIndex
 from recsys.schema import EVENT_TYPES, PAD, InputError
-from recsys.serving.catalogue import NONE, Catalogue, Filter, Indices, read_table
+from recsys.serving.catalogue import NONE, Catalogue, Filter, Indices
 from recsys.serving.messages import (
     Answer,
     HistoryEvent,
@@ -104,7 +104,7 @@ class Engine:
         self.session = session
         self.search_index = index
         self.catalogue = Catalogue(bundle)
-        self.users = UserRows(read_table(bundle.path / USERS)["user_id"])
+        self.users = bundle.users
         self.version = bundle.version
         self.max_length = bundle.max_length
         self.inputs = bundle.encoder_inputs
