@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import pytest
 
 from recsys.artifacts import Workspace
+
+# Before anything loads OpenMP: models this small train faster on one thread than on several.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ITEMS, USERS, EVENTS = 30, 120, 12
 DAY = 86_400
