@@ -199,13 +199,14 @@ def _bundle(name: str) -> str:
 
 def ui(arguments: Arguments) -> None:
     """MLflow's pages over this workspace's store."""
-    import subprocess
-
     workspace = Workspace()
-    print(f"MLflow on {workspace.tracking_uri}: http://{arguments.host}:{arguments.port}")
+    workspace.root.mkdir(parents=True, exist_ok=True)
+    url = f"http://{arguments.host}:{arguments.port}"
+    print(f"MLflow on {workspace.tracking_uri}: {url}", flush=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", workspace.tracking_uri]
     command += ["--host", arguments.host, "--port", str(arguments.port)]
-    raise SystemExit(subprocess.call(command))
+    # This process becomes MLflow's, so that a signal to it reaches what serves.
+    os.execv(sys.executable, command)
 
 
 def parser() -> argparse.ArgumentParser:
