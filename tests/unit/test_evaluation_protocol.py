@@ -120,8 +120,8 @@ def test_a_scorer_sees_only_the_past(tmp_path: Path) -> None:
     scorer = FixedScores(np.zeros((2, 6)))
     evaluate(dataset, scorer, "test")
     (batch,) = scorer.batches
-    assert batch.histories.items.tolist() == [1, 2, 3, 5, 4, 3]
-    assert batch.now.tolist() == [210, 240]
+    assert batch.histories.items.tolist() == [1, 2, 3, 4, 5, 4, 3]
+    assert batch.now.tolist() == [220, 240]
     assert (batch.histories.times < np.repeat(batch.now, batch.histories.lengths)).all()
     assert not hasattr(batch, "targets")
 
