@@ -20,6 +20,8 @@ from recsys.evaluation.scorers import ModelScorer
 from recsys.evaluation.significance import RANKS, Comparison, compare_evaluations
 from recsys.training.runs import BEST, load_weights
 
+MAIN = ("recall@10", "ndcg@10")
+
 
 @dataclass(frozen=True)
 class Tested:
@@ -39,9 +41,10 @@ class Tested:
 
     @property
     def logged(self) -> dict[str, float]:
-        """Metrics under the names that MLflow shows: `test/ndcg@10`, `item-kNN/ndcg@10`, …"""
-        parts = {p: v for p, v in self.metrics.items() if p != "validation"}
-        return {f"{part}/{k}": v for part, values in parts.items() for k, v in values.items()}
+        """The figures that MLflow shows: all of the test, and the main ones of each baseline."""
+        shown = {f"test/{k}": v for k, v in self.metrics["test"].items() if "/" not in k}
+        others = {p: v for p, v in self.metrics.items() if p not in ("test", "validation")}
+        return shown | {f"baseline/{p} {k}": v[k] for p, v in others.items() for k in MAIN}
 
     def against(self) -> list[Comparison]:
         """Compare the model's NDCG@10 with each baseline's, user by user."""

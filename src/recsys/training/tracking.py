@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,12 +53,21 @@ class CsvTracker:
         self.logger.save()
 
 
+def _allowed(name: str) -> str:
+    """Return a metric's name as MLflow writes and allows it.
+
+    >>> _allowed("test/ndcg@10")
+    'test/ndcg_at_10'
+    """
+    return re.sub(r"[^\w/.\- ]", "", name.replace("@", "_at_"))
+
+
 class MlflowNames(MLFlowLogger):
-    """Logs `ndcg@10` as `ndcg_at_10`, MLflow's own way to write it: it allows no `@`."""
+    """Logs metrics under names that MLflow allows."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log one step's metrics."""
-        super().log_metrics({k.replace("@", "_at_"): v for k, v in metrics.items()}, step)
+        super().log_metrics({_allowed(k): v for k, v in metrics.items()}, step)
 
 
 class MlflowTracker:
@@ -85,6 +95,9 @@ class MlflowTracker:
         if client.get_run(self.run_id).inputs.dataset_inputs:
             client.update_run(self.run_id, status="RUNNING")
             return
+        experiment = client.get_run(self.run_id).info.experiment_id
+        # Without it MLflow's pages open on language-model traces, of which there are none.
+        client.set_experiment_tag(experiment, "mlflow.experimentKind", "custom_model_development")
         self.logger.log_hyperparams(_parameters(config))
         client.log_text(self.run_id, OmegaConf.to_yaml(config), "config.yaml")
         for key, value in _tags(config).items():
@@ -115,10 +128,26 @@ def make_tracker(
 
 
 def _parameters(config: DictConfig) -> dict[str, Any]:
+    """Return every setting as `group/name`, and what each group is as `group`: `loss: bce`."""
     kept = ("data", "split", "model", "loss", "optimizer", "batches", "trainer", "evaluation")
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
-    return {"seed": values["seed"]} | {k: values[k] for k in kept if k in values}
+    flat = flatten({"seed": values["seed"]} | {k: values[k] for k in kept if k in values})
+    named = {k.removesuffix("/_target_"): v for k, v in flat.items() if "_partial_" not in k}
+    return {k: v.rsplit(".", 1)[-1] if f"{k}/_target_" in flat else v for k, v in named.items()}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, names joined by slashes.
+
+    >>> flatten({"a": {"b": 1}, "c": 2})
+    {'a/b': 1, 'c': 2}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and bool(value)
+        flat |= flatten(value, f"{prefix}{key}/") if nested else {f"{prefix}{key}": value}
+    return flat
 
 
 def _tags(config: DictConfig) -> dict[str, str]:
