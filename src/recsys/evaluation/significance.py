@@ -70,12 +70,10 @@ class Comparison:
         from rich import box
         from rich.table import Table
 
-        title = f"{self.right} against {self.left}"
+        title = f"A: {self.left}\nB: {self.right}"
         table = Table(title=title, caption=self._caption(), box=box.SIMPLE_HEAD)
         table.add_column("metric", no_wrap=True)
-        for name in (self.left, self.right):
-            table.add_column(name, justify="right", overflow="fold", min_width=6)
-        for column in ("change", "95 % interval", "p", ""):
+        for column in ("A", "B", "B - A", "95 % interval", "p", ""):
             table.add_column(column, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(*_cells(row))

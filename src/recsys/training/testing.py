@@ -44,7 +44,7 @@ class Tested:
         """The figures that MLflow shows: all of the test, and the main ones of each baseline."""
         shown = {f"test/{k}": v for k, v in self.metrics["test"].items() if "/" not in k}
         others = {p: v for p, v in self.metrics.items() if p not in ("test", "validation")}
-        return shown | {f"baseline/{p} {k}": v[k] for p, v in others.items() for k in MAIN}
+        return shown | {f"test baselines/{p} {k}": v[k] for p, v in others.items() for k in MAIN}
 
     def against(self) -> list[Comparison]:
         """Compare the model's NDCG@10 with each baseline's, user by user."""
@@ -76,8 +76,8 @@ def _show_intervals(comparisons: Iterable[Comparison], console: Console) -> None
     for comparison in comparisons:
         difference = comparison.rows[0].difference
         console.print(
-            f"ndcg@10 of {comparison.right} minus {comparison.left}: {difference.mean:+.4f} "
-            f"(95 % paired bootstrap {difference.low:+.4f} to {difference.high:+.4f})"
+            f"{comparison.right} - {comparison.left}: ndcg@10 {difference.mean:+.4f}, "
+            f"95 % paired bootstrap {difference.low:+.4f} to {difference.high:+.4f}"
         )
 
 
