@@ -33,3 +33,5 @@ def answer_table(answer: dict[str, Any], title: str = "Recommended") -> None:
         cells = (str(item.get(column, "")) for column in extra)
         table.add_row(item["item_id"], *cells, f"{item['score']:.3f}")
     Console().print(table)
+    if ignored := answer.get("ignored"):
+        Console().print(f"Not known and ignored: {', '.join(ignored['first_items'])}")
