@@ -1,4 +1,4 @@
-"""Real-data gates: hours on two cores, run by `make gates`; each bar a published or stated figure."""
+"""Gates that take hours on two cores, run by `make gates`; each bar is a stated figure."""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ def models() -> dict[str, torch.nn.Module]:
     return {
         "trajectory": Trajectory(catalogue(), 12, 16).eval(),
         "trajectory, items only": Trajectory(catalogue(has_time=False, has_types=False), 12, 16),
+        "trajectory, features": Trajectory(catalogue(), 12, 16, **features).eval(),
         "two_tower": TwoTower(catalogue(), 12, 16).eval(),
         "two_tower, features": TwoTower(
             catalogue(), 12, 16, user_ids=True, user_features=["region"], **features

@@ -54,6 +54,11 @@ def test_every_loss_learns(loss: str, dataset: Dataset, capsys: pytest.CaptureFi
     assert result["test"]["ndcg@10"] > result["popularity"]["ndcg@10"] + 0.2
 
 
+def test_mixed_precision_learns(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    result = trained(f"{TRAJECTORY} trainer.precision=bf16-mixed logger=csv", capsys)
+    assert result["test"]["ndcg@10"] > 0.95
+
+
 def test_checkpoint_holds_tensors_and_primitives(
     dataset: Dataset, workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from recsys.data.catalogue import Catalogue
 from recsys.history import GAP_BUCKETS
+from recsys.models.features import Features
 from recsys.schema import EVENT_TYPES, InputError
 
 Auto = bool | Literal["auto"]
@@ -33,8 +34,9 @@ def resolve(setting: Auto, available: bool, name: str, lacking: str) -> bool:
 class Trajectory(nn.Module):
     """Reads items, event types and time gaps in order; answers with one query vector a position.
 
-    Source: SASRec (Kang and McAuley 2018, section 3) with pre-normalised layers; item vectors are
-    tied between input and output. `event_types`, `gaps` and `context` (gap to the request, hour
+    Source: SASRec (Kang and McAuley 2018, section 3) with pre-normalised layers; item vectors, the
+    id's and those of `item_features` (categorical) and `item_vectors` (content), are tied between
+    input and output. `event_types`, `gaps` and `context` (gap to the request, hour
     and weekday, mixed into the query) are read where the dataset has them (`auto`).
     """
 
@@ -52,11 +54,14 @@ class Trajectory(nn.Module):
         event_types: Auto = "auto",
         gaps: Auto = "auto",
         context: Auto = "auto",
+        item_features: list[str] | None = None,
+        item_vectors: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.max_length = max_length
         self.inputs = _inputs(catalogue, event_types, gaps, context)
         self.items = nn.Embedding(catalogue.num_items + 1, dim, padding_idx=0)
+        self.item_features = Features.of_items(catalogue, dim, item_features, item_vectors)
         self.positions = nn.Embedding(max_length, dim)
         self.event_types = _table("types" in self.inputs, len(EVENT_TYPES) + 1, dim)
         self.gaps = _table("gaps" in self.inputs, GAP_BUCKETS, dim)
@@ -94,16 +99,22 @@ class Trajectory(nn.Module):
 
     def item_vectors(self) -> Tensor:
         """Return vectors_ND [N + 1, D]; row 0 is padding."""
-        return self.items.weight
+        if not self.item_features.parts:
+            return self.items.weight
+        every_N = torch.arange(self.items.num_embeddings, device=self.items.weight.device)
+        return self.vectors_of(every_N)
 
     def vectors_of(self, items: Tensor) -> Tensor:
         """Return the vectors of some item indices: shape [..., D]."""
-        return self.items(items)
+        vectors = self.items(items)
+        for part in self.item_features(items):
+            vectors = vectors + part
+        return vectors
 
     def _encode(
         self, batch: Mapping[str, Tensor], positions: Tensor, mask: Tensor | None
     ) -> Tensor:
-        hidden = self.items(batch["items"]) * self.items.embedding_dim**0.5 + positions
+        hidden = self.vectors_of(batch["items"]) * self.items.embedding_dim**0.5 + positions
         if self.event_types is not None:
             hidden = hidden + self.event_types(batch["types"])
         if self.gaps is not None:

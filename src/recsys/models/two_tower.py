@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.data.catalogue import Catalogue, Codes, choose
+from recsys.data.catalogue import Catalogue, choose
+from recsys.models.features import Features
 from recsys.schema import InputError
 
 
@@ -42,21 +43,13 @@ class TwoTower(nn.Module):
         self.max_length, self.normalize = max_length, normalize
         user_codes = catalogue.user_codes
         wanted_users = choose(user_codes, list(user_features or []), "categorical user feature")
-        wanted_items = choose(
-            catalogue.item_codes, list(item_features or []), "categorical item feature"
-        )
-        wanted_vectors = choose(catalogue.item_vectors, list(item_vectors or []), "item vector")
         self.inputs: tuple[str, ...] = ("items", "lengths")
         if user_ids or wanted_users:
             self.inputs += ("users",)
         self.items = nn.Embedding(catalogue.num_items + 1, dim, padding_idx=0)
         self.users = nn.Embedding(catalogue.num_users + 1, dim, padding_idx=0) if user_ids else None
         self.user_features = Features({n: user_codes[n] for n in wanted_users}, {}, dim)
-        self.item_features = Features(
-            {name: catalogue.item_codes[name] for name in wanted_items},
-            {name: torch.from_numpy(catalogue.item_vectors[name]) for name in wanted_vectors},
-            dim,
-        )
+        self.item_features = Features.of_items(catalogue, dim, item_features, item_vectors)
         parts = 1 + user_ids + len(wanted_users)
         self.user_tower = _tower(parts * dim, hidden, dim, dropout)
         self.item_tower = _tower((1 + self.item_features.parts) * dim, hidden, dim, dropout)
@@ -96,29 +89,6 @@ class TwoTower(nn.Module):
     @property
     def _device(self) -> torch.device:
         return self.items.weight.device
-
-
-class Features(nn.Module):
-    """Looks up feature columns by index and brings each to `dim`: a list of [..., D]."""
-
-    def __init__(self, codes: Mapping[str, Codes], vectors: Mapping[str, Tensor], dim: int) -> None:
-        super().__init__()
-        self.parts = len(codes) + len(vectors)
-        self.tables = nn.ModuleDict({n: nn.Embedding(c.size, dim) for n, c in codes.items()})
-        self.projections = nn.ModuleDict(
-            {n: nn.Linear(v.shape[1], dim) for n, v in vectors.items()}
-        )
-        for name, column in codes.items():
-            # Columns come from the dataset, not from training: a checkpoint need not hold them.
-            self.register_buffer(f"codes_{name}", torch.from_numpy(column.codes), persistent=False)
-        for name, matrix in vectors.items():
-            self.register_buffer(f"vectors_{name}", matrix, persistent=False)
-
-    def forward(self, index: Tensor) -> list[Tensor]:
-        """Return one [..., D] tensor a feature for the rows `index` [...]."""
-        looked_up = [t(self.get_buffer(f"codes_{n}")[index]) for n, t in self.tables.items()]
-        projected = [p(self.get_buffer(f"vectors_{n}")[index]) for n, p in self.projections.items()]
-        return looked_up + projected
 
 
 def _tower(width: int, hidden: int, dim: int, dropout: float) -> nn.Sequential:
