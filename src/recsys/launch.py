@@ -214,10 +214,12 @@ def run(overrides: Sequence[str], workspace: Workspace) -> Done:
 
 
 def _variants(overrides: Sequence[str]) -> dict[str, DictConfig]:
+    from recsys.training.train import short_name
+
     config = configure(overrides)
     variants = _plain(config.variants)
     named = {name: configure([*overrides, *more]) for name, more in variants.items()}
-    return named or {str(config.model._target_).rsplit(".", 1)[-1].lower(): config}
+    return named or {short_name(config.model._target_): config}
 
 
 def explain_config(error: BaseException) -> str | None:

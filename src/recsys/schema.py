@@ -9,7 +9,6 @@ EVENT_TYPES = ("view", "favourite", "cart", "purchase")
 """Known event types, weakest first; a type's code is its place here plus one (0 is padding)."""
 
 EVENT_COLUMNS = ("user_id", "item_id", "timestamp")
-OPTIONAL_EVENT_COLUMNS = ("event_type", "value", "session_id")
 PAD = 0
 """Index of padding: real items and users count from 1."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,6 @@ from recsys.history import Histories
 from recsys.schema import InputError
 
 EVENT_ARRAYS = {"items": np.int32, "types": np.int8, "times": np.int64, "values": np.float32}
-Part = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Trained:
 
 def train(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Trained:
     """Train a new run, or raise InputError before anything is written."""
-    name = config.name or f"{_short(config.model._target_)}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    name = config.name or f"{short_name(config.model._target_)}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = workspace.folder("run") / name
     if folder.exists():
         raise InputError(f"run {name!r} exists already: choose another name=, or resume={name}")
@@ -97,7 +97,7 @@ def _assemble(config: DictConfig, dataset: Dataset) -> tuple[RetrieverModule, Ba
     )
     if batches.layout != model.layout:
         raise InputError(
-            f"model {_short(config.model._target_)} trains on {model.layout} batches, not on "
+            f"model {short_name(config.model._target_)} trains on {model.layout} batches, not on "
             f"{batches.layout}: batches={model.layout}"
         )
     count = torch.from_numpy(Catalogue.of(dataset).train_count)
@@ -129,7 +129,7 @@ def _run(
     seconds = time.perf_counter() - started
     facts = {
         **state,
-        "model": _short(config.model._target_),
+        "model": short_name(config.model._target_),
         "epochs": len(ranking.history),
         "train_seconds": seconds,
         "history": ranking.history,
@@ -173,10 +173,10 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / STATE).read_text()))
 
 
-def _short(target: str) -> str:
+def short_name(target: str) -> str:
     """Return a class path as a name.
 
-    >>> _short("recsys.models.TwoTower")
+    >>> short_name("recsys.models.TwoTower")
     'two_tower'
     """
     name = target.rsplit(".", 1)[-1]
