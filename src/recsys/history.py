@@ -6,6 +6,7 @@ Shapes: B histories, E events in all of them together, L encoded length, R packe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,10 @@ from numpy.typing import NDArray
 GAP_BUCKETS = 40
 """Time gaps fall into power-of-two buckets of seconds; 0 means that there is no earlier event."""
 
-Arrays = dict[str, NDArray[np.int64]]
+OWN_RECENCY = -1.0
+"""Leaves the weight of short-term against long-term interest to the model."""
+
+Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,12 @@ def gaps_within(histories: Histories) -> NDArray[np.int64]:
     return gaps
 
 
+def seconds_within(histories: Histories) -> NDArray[np.int64]:
+    """Return the whole seconds from each history's first event to each event: int64 [E]."""
+    firsts = np.append(histories.times, 0)[histories.offsets[:-1]]
+    return (histories.times - np.repeat(firsts, histories.lengths)) // 1000
+
+
 def request_context(last: NDArray[np.int64], now: NDArray[np.int64]) -> Arrays:
     """Encode when recommendations are asked for, given each history's last event time.
 
@@ -93,11 +103,17 @@ def request_context(last: NDArray[np.int64], now: NDArray[np.int64]) -> Arrays:
     }
 
 
-def encode(histories: Histories, max_length: int, now: NDArray[np.int64]) -> Arrays:
+def encode(
+    histories: Histories,
+    max_length: int,
+    now: NDArray[np.int64],
+    recency: NDArray[np.float32] | None = None,
+) -> Arrays:
     """Cut to the newest events, right-pad and encode: what every encoder reads.
 
-    Returns int64 arrays `items`, `types`, `gaps` [B, L], `lengths` [B] and the request context [B];
-    L is the longest kept history, at least 1.
+    Returns int64 arrays `items`, `types`, `gaps`, `times` [B, L], `lengths` [B] and the request
+    context [B]; L is the longest kept history, at least 1. `recency` float32 [B] is the weight of
+    short-term against long-term interest, -1 where the model chooses.
 
     >>> h = Histories.of([(np.array([5, 6, 7]), np.array([1, 1, 1]), np.array([0, 1000, 9000]))])
     >>> encode(h, 2, np.array([10_000]))["items"]
@@ -108,16 +124,19 @@ def encode(histories: Histories, max_length: int, now: NDArray[np.int64]) -> Arr
     shape = (len(kept), max(1, int(lengths.max(initial=1))))
     at = (np.repeat(np.arange(len(kept)), lengths), _places(kept))
     last = np.where(lengths > 0, np.append(kept.times, 0)[kept.offsets[1:] - 1], -1)
-    return _grids(kept, shape, at) | {"lengths": lengths} | request_context(last, now)
+    if recency is None:
+        recency = np.full(len(kept), OWN_RECENCY, np.float32)
+    asked: Arrays = {"lengths": lengths, "recency": recency}
+    return _grids(kept, shape, at) | asked | request_context(last, now)
 
 
 def pack(histories: Histories, row_length: int) -> Arrays:
     """Lay many training histories into few rows, each position with the event that follows it.
 
     A history of n events gives n - 1 positions (at most `row_length`). Returns int64 [R, L] arrays:
-    `items`, `types`, `gaps` as in `encode`; `positions` (0 at each history's start), `segments`
-    (1, 2, … within a row, 0 where empty); `targets`, `target_types` (0 where empty); and the
-    request context at the moment of the target.
+    `items`, `types`, `gaps`, `times` as in `encode`; `positions` (0 at each history's start),
+    `segments` (1, 2, … within a row, 0 where empty); `targets`, `target_types` (0 where empty);
+    and the request context at the moment of the target.
 
     >>> h = Histories.of([(np.array([5, 6, 7]), np.ones(3, int), np.arange(3) * 1000)] * 2)
     >>> pack(h, 4)["targets"]
@@ -176,7 +195,12 @@ def _places(histories: Histories) -> NDArray[np.int64]:
 
 
 def _grids(histories: Histories, shape: tuple[int, int], at: tuple[NDArray, NDArray]) -> Arrays:
-    flat = {"items": histories.items, "types": histories.types, "gaps": gaps_within(histories)}
+    flat = {
+        "items": histories.items,
+        "types": histories.types,
+        "gaps": gaps_within(histories),
+        "times": seconds_within(histories),
+    }
     return {name: _scatter(shape, at, values) for name, values in flat.items()}
 
 

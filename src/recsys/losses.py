@@ -1,17 +1,21 @@
 """Training losses: functions of query vectors, targets and the item side.
 
-Shapes: P positions, K negatives, N items, D dim. All return a scalar, the mean over positions.
+Shapes: P positions, K negatives, N items, D dim. All return a scalar: the mean over positions, or
+where `weight_P` is given the weighted sum over P (weights of mean 1 keep the scale).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Products = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,13 @@ def full_softmax(
     *,
     temperature: float = 1.0,
     chunk: int = 256,
+    products: Products = "auto",
+    weight_P: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy over every item, `chunk` positions at a time: P × N is never held.
+
+    `products`: the number format of the matrix products (`bf16` halves the time of a step where
+    the processor has such instructions, `auto` asks it); sums and gradients stay as they are.
 
     >>> vectors = torch.tensor([[0.0], [1.0], [1.0]])
     >>> side = ItemSide(lambda: vectors, lambda i: vectors[i], torch.ones(3) / 2)
@@ -52,7 +61,17 @@ def full_softmax(
     0.6931
     """
     vectors_ND = items.all()[1:]
-    return LinearCrossEntropy.apply(query_PD / temperature, vectors_ND, target_P - 1, chunk)
+    single = query_PD.dtype == torch.float32 and query_PD.device.type == "cpu"
+    half = products == "bf16" or (products == "auto" and single and fast_bf16_cpu())
+    query_PD = query_PD / temperature
+    loss = LinearCrossEntropy.apply(query_PD, vectors_ND, target_P - 1, weight_P, chunk, half)
+    return cast(Tensor, loss)
+
+
+@cache
+def fast_bf16_cpu() -> bool:
+    """Whether this processor multiplies matrices faster in bf16 than in fp32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -64,35 +83,50 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query_PD: Tensor, vectors_ND: Tensor, target_P: Tensor, chunk: int
+        ctx: Any,
+        query_PD: Tensor,
+        vectors_ND: Tensor,
+        target_P: Tensor,
+        weight_P: Tensor | None,
+        chunk: int,
+        half: bool,
     ) -> Tensor:
         """Return the scalar loss, keeping its gradients for the backward pass."""
-        query_PD, vectors_ND = query_PD.contiguous(), vectors_ND.contiguous()
-        query_grad_PD = torch.empty_like(query_PD)
-        vectors_grad_ND = torch.zeros_like(vectors_ND)
+        dtype = torch.bfloat16 if half else query_PD.dtype
+        query_PD, vectors_ND = query_PD.to(dtype).contiguous(), vectors_ND.to(dtype).contiguous()
+        grad_dtype = torch.float32 if half else dtype
+        query_grad_PD = torch.empty_like(query_PD, dtype=grad_dtype)
+        vectors_grad_ND = torch.zeros_like(vectors_ND, dtype=grad_dtype)
         total = query_PD.new_zeros((), dtype=torch.float32)
         for at in range(0, len(query_PD), chunk):
             query_CD, target_C1 = query_PD[at : at + chunk], target_P[at : at + chunk, None]
-            logits_CN = (query_CD @ vectors_ND.T).float()
-            picked_C1 = logits_CN.gather(1, target_C1)
-            highest_C1 = logits_CN.amax(dim=1, keepdim=True)
-            share_CN = logits_CN.sub_(highest_C1).exp_()
-            sum_C1 = share_CN.sum(dim=1, keepdim=True)
-            total += (sum_C1.log() + highest_C1 - picked_C1).sum()
-            share_CN.div_(sum_C1)
-            share_CN.scatter_add_(1, target_C1, -torch.ones_like(picked_C1))
-            share_CN = share_CN.to(query_PD.dtype)
-            torch.mm(share_CN, vectors_ND, out=query_grad_PD[at : at + chunk])
-            vectors_grad_ND.addmm_(share_CN.T, query_CD)
+            weight_C = None if weight_P is None else weight_P[at : at + chunk]
+            error_CN, loss = _softmax_error(query_CD @ vectors_ND.T, target_C1, weight_C)
+            total += loss
+            query_grad_PD[at : at + chunk] = error_CN @ vectors_ND
+            vectors_grad_ND += error_CN.T @ query_CD
         ctx.save_for_backward(query_grad_PD, vectors_grad_ND)
         return total / max(1, len(query_PD))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients that the forward pass made."""
         query_grad_PD, vectors_grad_ND = ctx.saved_tensors
         scale = grad / max(1, len(query_grad_PD))
-        return query_grad_PD * scale, vectors_grad_ND * scale, None, None
+        return query_grad_PD * scale, vectors_grad_ND * scale, None, None, None, None
+
+
+def _softmax_error(
+    logits_CN: Tensor, target_C1: Tensor, weight_C: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return softmax minus one-hot, in the logits' own format, and the summed loss, weighted."""
+    error_CN = logits_CN.softmax(dim=1)
+    picked_C1 = error_CN.gather(1, target_C1)
+    error_CN.scatter_(1, target_C1, picked_C1 - 1)
+    loss_C1 = -picked_C1.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+    if weight_C is None:
+        return error_CN, loss_C1.sum()
+    return error_CN.mul_(weight_C[:, None]), (loss_C1 * weight_C[:, None]).sum()
 
 
 def sampled_softmax(
@@ -104,6 +138,7 @@ def sampled_softmax(
     by: Literal["uniform", "popularity"] = "uniform",
     logq: bool = True,
     temperature: float = 1.0,
+    weight_P: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of the target among shared negatives, corrected for how they were drawn.
 
@@ -114,7 +149,7 @@ def sampled_softmax(
     negative_PK = query_PD @ items.of(drawn_K).T / temperature
     if logq:
         negative_PK = negative_PK - log_share_K - torch.tensor(float(negatives)).log()
-    return softmax_among(positive_P1, _without_hits(negative_PK, target_P, drawn_K))
+    return softmax_among(positive_P1, _without_hits(negative_PK, target_P, drawn_K), weight_P)
 
 
 def in_batch_softmax(
@@ -125,6 +160,7 @@ def in_batch_softmax(
     temperature: float = 0.05,
     logq: bool = True,
     uniform_negatives: int = 0,
+    weight_P: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of each target among the batch's targets and some uniform negatives.
 
@@ -139,12 +175,20 @@ def in_batch_softmax(
         expected_C = expected_C + uniform_negatives / (len(items.share) - 1)
         logits_PC = logits_PC - expected_C.log()
     positive_P1 = logits_PC[:, : len(target_P)].diagonal()[:, None]
-    return softmax_among(positive_P1, _without_hits(logits_PC, target_P, candidate_C))
+    return softmax_among(positive_P1, _without_hits(logits_PC, target_P, candidate_C), weight_P)
 
 
-def bce(query_PD: Tensor, target_P: Tensor, items: ItemSide, *, negatives: int = 1) -> Tensor:
+def bce(
+    query_PD: Tensor,
+    target_P: Tensor,
+    items: ItemSide,
+    *,
+    negatives: int = 1,
+    weight_P: Tensor | None = None,
+) -> Tensor:
     """Binary cross-entropy of the target against uniform negatives (SASRec, section 3.5)."""
-    return gbce(query_PD, target_P, items, negatives=negatives, calibration=0.0)
+    plain = {"negatives": negatives, "calibration": 0.0, "weight_P": weight_P}
+    return gbce(query_PD, target_P, items, **plain)  # type: ignore[arg-type]
 
 
 def gbce(
@@ -154,6 +198,7 @@ def gbce(
     *,
     negatives: int = 256,
     calibration: float = 0.75,
+    weight_P: Tensor | None = None,
 ) -> Tensor:
     """Generalised binary cross-entropy with shared negatives (gSASRec, Petrov and Macdonald 2023).
 
@@ -164,21 +209,42 @@ def gbce(
     negative_PK = _without_hits(query_PD @ items.of(drawn_K).T, target_P, drawn_K)
     rate = min(1.0, negatives / (len(items.share) - 2))
     beta = rate * (calibration * (1 - 1 / rate) + 1 / rate)
-    return binary_among(positive_P1, negative_PK, beta)
+    return binary_among(positive_P1, negative_PK, beta, weight_P)
 
 
-def softmax_among(positive_P1: Tensor, negative_PK: Tensor) -> Tensor:
+def contrastive(
+    query_PD: Tensor, again_PD: Tensor, target_P: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Pull each query to its own second reading, against positions with another target.
+
+    Source: DuoRec (Qiu et al. 2022, section 3.3); other positions with the same target are
+    positives as well, all weighing alike.
+    """
+    logits_PP = query_PD @ again_PD.T / temperature
+    same_PP = target_P[:, None] == target_P[None, :]
+    log_share_PP = logits_PP.float().log_softmax(dim=1)
+    return -(log_share_PP * same_PP).sum(dim=1).div(same_PP.sum(dim=1)).mean()
+
+
+def softmax_among(
+    positive_P1: Tensor, negative_PK: Tensor, weight_P: Tensor | None = None
+) -> Tensor:
     """Mean of -log softmax of the positive logit among itself and its negatives."""
     logits = torch.cat([positive_P1, negative_PK], dim=1).float()
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+    first_P = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    return _mean(F.cross_entropy(logits, first_P, reduction="none"), weight_P)
 
 
-def binary_among(positive_P1: Tensor, negative_PK: Tensor, beta: float = 1.0) -> Tensor:
+def binary_among(
+    positive_P1: Tensor, negative_PK: Tensor, beta: float = 1.0, weight_P: Tensor | None = None
+) -> Tensor:
     """Mean of -beta log σ(positive) - Σ log σ(-negative)."""
-    return -(
-        beta * F.logsigmoid(positive_P1.float()).squeeze(1)
-        + F.logsigmoid(-negative_PK.float()).sum(dim=1)
-    ).mean()
+    positive_P = beta * F.logsigmoid(positive_P1.float()).squeeze(1)
+    return _mean(-positive_P - F.logsigmoid(-negative_PK.float()).sum(dim=1), weight_P)
+
+
+def _mean(loss_P: Tensor, weight_P: Tensor | None) -> Tensor:
+    return loss_P.mean() if weight_P is None else (loss_P * weight_P).mean()
 
 
 def _without_hits(logits_PK: Tensor, target_P: Tensor, drawn_K: Tensor) -> Tensor:

@@ -17,11 +17,13 @@ from recsys.config import config_dir
 from recsys.data.catalogue import Catalogue, Codes
 from recsys.export.onnx import ExportError, check_parity, difference, export_encoder, random_arrays
 from recsys.export.runtime import Encoder
+from recsys.launch import configure
 
 HISTORIES = 1000
 BATCH = 32
 NUM_ITEMS, NUM_USERS = 300, 40
-SHIPPED = sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
+LAYERS = sorted(path.stem for path in (config_dir() / "model" / "layer").glob("*.yaml"))
+SHIPPED = ["model=two_tower", *(f"model/layer={layer}" for layer in LAYERS)]
 
 
 def catalogue(rich: bool) -> Catalogue:
@@ -47,8 +49,10 @@ RICH = {
     "user_features": ["region"],
     "item_features": ["category"],
     "item_vectors": ["vector"],
+    "interests": 3,
+    "blend": True,
 }
-"""What a config may name where the dataset has it."""
+"""What a config may ask for, where the dataset has it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A model as its config makes it, with weights large enough to tell two answers apart."""
     name, _, rich = request.param.partition(", ")
     torch.manual_seed(0)
-    config = OmegaConf.load(config_dir() / "model" / f"{name}.yaml")
+    config = configure([name]).model
     if rich:
         named = {key: value for key, value in RICH.items() if key in config}
         config = OmegaConf.merge(config, named)

@@ -324,7 +324,7 @@ def test_export_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     workspace = Workspace(tmp_path)
     dataset = tiny_dataset(workspace.folder("dataset") / "tiny")
-    model = Trajectory(Catalogue.of(dataset), max_length=6, dim=8, heads=2).eval()
+    model = Trajectory(Catalogue.of(dataset), max_length=6, dim=8).eval()
     manifest = {"name": "tiny-run", "model": "trajectory", "metrics": {"test": {"ndcg@10": 1.0}}}
     loaded = SimpleNamespace(manifest=manifest, dataset=dataset, model=model)
     monkeypatch.setattr("recsys.training.runs.load_run", lambda path: loaded)

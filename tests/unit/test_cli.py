@@ -45,7 +45,7 @@ def test_a_mistake_is_explained(
 TRAIN = "train data.dataset=latest logger=csv trainer.max_epochs=1 trainer=cpu"
 CONTRADICTIONS = {
     f"{TRAIN} model=two_tower": "two_tower trains on pairs batches, not on packed: batches=pairs",
-    f"{TRAIN} model.heads=3": "model.dim=64 is not a multiple of model.heads=3",
+    f"{TRAIN} model.layer.heads=3": "model.dim=64 is not a multiple of model.layer.heads=3",
     f"{TRAIN} +model.foo=3": "unknown setting model.foo",
     f"{TRAIN} +loss.negatives=3": "unknown setting loss.negatives",
     f"{TRAIN} model=two_tower batches=pairs model.item_features=[brand]": "it has: category",

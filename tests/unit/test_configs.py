@@ -14,14 +14,16 @@ from recsys.launch import configure
 
 SHIPPED = sorted(config_dir().rglob("*.yaml"))
 GROUPED = [path for path in SHIPPED if path.parent != config_dir()]
-PROVIDED = {"catalogue", "dataset", "seed", "length", "params", "query_PD", "target_P", "items"}
+PROVIDED = {"catalogue", "dataset", "seed", "length", "params", "layer"}
+PROVIDED |= {"query_PD", "target_P", "items", "weight_P"}
 """Arguments that the code gives, not the config."""
 
 
 @pytest.mark.parametrize("path", GROUPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_choice_composes(path: Path) -> None:
     source = ["data=sequences", "data.path=x"] if path.parent.name == "split" else []
-    config = configure([*source, f"{path.parent.name}={path.stem}"])
+    group = path.parent.relative_to(config_dir())
+    config = configure([*source, f"{group}={path.stem}"])
     assert config.model.max_length > 0
 
 
@@ -38,7 +40,7 @@ def test_yaml_mirrors_its_constructor(path: Path) -> None:
         if not node["_target_"].startswith("recsys."):
             continue
         parameters = inspect.signature(get_object(node["_target_"])).parameters
-        given = {key for key in node if not key.startswith("_")}
+        given = {key for key in node if not key.startswith("_")} - {"defaults"}
         assert given <= set(parameters), node["_target_"]
         if path.parent.name in ("model", "loss", "batches"):
             assert given == set(parameters) - PROVIDED, node["_target_"]

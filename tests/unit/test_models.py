@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from recsys.data.catalogue import Catalogue, Codes
 from recsys.history import Histories, encode, pack
 from recsys.models import Trajectory, TwoTower
+from recsys.models.layers import Attention, Filtered, Gated, Hstu, Recurrent
 from recsys.schema import InputError
 
 N = 40
@@ -28,10 +30,26 @@ def catalogue(**facts: Any) -> Catalogue:
     return Catalogue(N, 2, counts, **({"has_time": True, "has_types": True} | facts), **features)
 
 
+INTERESTS = {"interests": 3, "blend": 2}
+LAYERS = {
+    "attention": Attention,
+    "rotary": partial(Attention, rotary=True),
+    "filtered": Filtered,
+    "gated": Gated,
+    "hstu": Hstu,
+    "recurrent": Recurrent,
+}
+
+
 def models() -> dict[str, torch.nn.Module]:
     torch.manual_seed(0)
     features = {"item_features": ["category"], "item_vectors": ["vector"]}
-    return {
+    layered = {
+        n: Trajectory(catalogue(), 12, 16, layer=layer).eval() for n, layer in LAYERS.items()
+    }
+    return layered | {
+        "interests": Trajectory(catalogue(), 12, 16, interests=3).eval(),
+        "blend": Trajectory(catalogue(), 12, 16, interests=2, blend=True).eval(),
         "trajectory": Trajectory(catalogue(), 12, 16).eval(),
         "trajectory, items only": Trajectory(catalogue(has_time=False, has_types=False), 12, 16),
         "trajectory, features": Trajectory(catalogue(), 12, 16, **features).eval(),
@@ -63,7 +81,7 @@ def query(model: torch.nn.Module, histories: Histories) -> torch.Tensor:
 def test_batch_equals_single(name: str) -> None:
     model, histories = models()[name], some_histories()
     together = query(model, histories)
-    assert together.shape == (6, 1, 16)
+    assert together.shape == (6, INTERESTS.get(name, 1), 16)
     for b in range(6):
         part = slice(histories.offsets[b], histories.offsets[b + 1])
         one = Histories.of([(histories.items[part], histories.types[part], histories.times[part])])
@@ -80,14 +98,16 @@ def test_item_vectors_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize("has_time", [True, False])
-def test_no_position_reads_what_follows_it(has_time: bool) -> None:
-    model = Trajectory(catalogue(has_time=has_time), 12, 16).eval()
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_position_reads_what_follows_it(name: str, has_time: bool) -> None:
+    torch.manual_seed(0)
+    model = Trajectory(catalogue(has_time=has_time), 12, 16, layer=LAYERS[name]).eval()
     batch = {k: torch.from_numpy(v) for k, v in pack(some_histories(), 12).items()}
     with torch.no_grad():
         before, _ = model.training_pairs(batch)
         changed = dict(batch)
         place = (0, 5)
-        for key, size in (("items", N), ("types", 4), ("gaps", 9)):
+        for key, size in (("items", N), ("types", 4), ("gaps", 9), ("times", 99)):
             changed[key] = batch[key].clone()
             changed[key][place] = batch[key][place] % size + 1
         after, _ = model.training_pairs(changed)
@@ -99,9 +119,10 @@ def test_no_position_reads_what_follows_it(has_time: bool) -> None:
     assert all(r == 0 and c >= 5 and batch["segments"][r, c] == segment for r, c in where)
 
 
-def test_packed_training_equals_serving() -> None:
+@pytest.mark.parametrize("name", ["trajectory", *LAYERS])
+def test_packed_training_equals_serving(name: str) -> None:
     """The query that a position trains is the one that its prefix is answered with."""
-    model = models()["trajectory"]
+    model = models()[name]
     whole = some_histories(1).last(9)
     with torch.no_grad():
         packed, _ = model.training_pairs(
@@ -128,5 +149,5 @@ def test_unknown_feature_is_named() -> None:
 
 
 def test_dim_must_divide_by_heads() -> None:
-    with pytest.raises(InputError, match=r"model.dim=10 is not a multiple of model.heads=4"):
-        Trajectory(catalogue(), dim=10, heads=4)
+    with pytest.raises(InputError, match=r"model.dim=10 is not a multiple of model.layer.heads=4"):
+        Trajectory(catalogue(), dim=10, layer=partial(Attention, heads=4))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from recsys.artifacts import sha256
 from recsys.export.runtime import OUTPUT, Encoder
-from recsys.history import Arrays, Histories, encode
+from recsys.history import OWN_RECENCY, Arrays, Histories, encode
 from recsys.schema import EVENT_TYPES
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ OPSET = 23
 """The first opset with attention as one node; at 20 a masked row gave NaN in ONNX Runtime."""
 TOLERANCE = 1e-4
 MAX_BATCH = 4096
-BY_LENGTH = ("items", "types", "gaps")
+BY_LENGTH = ("items", "types", "gaps", "times")
 """Inputs of shape [batch, length]; all others are [batch]."""
 
 
@@ -121,7 +121,8 @@ def random_arrays(model: nn.Module, batch: int, length: int, seed: int = 0) -> A
     lengths = [length, *rng.integers(1, length + 1, batch - 1).tolist()]
     histories = Histories.of([_random_history(rng, count, num_items) for count in lengths])
     now = np.full(batch, rng.integers(10**12, 2 * 10**12))
-    arrays = encode(histories, _interface(model)[1], now)
+    recency = rng.choice(np.array([OWN_RECENCY, 0, 0.5, 1], np.float32), batch)
+    arrays = encode(histories, _interface(model)[1], now, recency)
     return arrays | {"users": rng.integers(0, 2, batch)}
 
 

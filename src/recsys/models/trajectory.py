@@ -1,23 +1,25 @@
-"""The interest-trajectory model: a causal transformer over a user's path.
+"""The interest-trajectory model: reads a user's path, answers with query vectors.
 
-Shapes: B batch, L history length, P supervised positions, H interests (1), D dim, N items.
+Shapes: B batch, L history length, P supervised positions, H interests, D dim, N items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from recsys.data.catalogue import Catalogue
 from recsys.history import GAP_BUCKETS
 from recsys.models.features import Features
+from recsys.models.layers import Attention, Path
+from recsys.models.queries import Blend, Interests, RequestContext, routed
 from recsys.schema import EVENT_TYPES, InputError
 
 Auto = bool | Literal["auto"]
+MakeLayer = Callable[..., nn.Module]
 
 
 def resolve(setting: Auto, available: bool, name: str, lacking: str) -> bool:
@@ -32,12 +34,14 @@ def resolve(setting: Auto, available: bool, name: str, lacking: str) -> bool:
 
 
 class Trajectory(nn.Module):
-    """Reads items, event types and time gaps in order; answers with one query vector a position.
+    """Reads items, event types and time gaps in order; answers with H query vectors a position.
 
-    Source: SASRec (Kang and McAuley 2018, section 3) with pre-normalised layers; item vectors, the
-    id's and those of `item_features` (categorical) and `item_vectors` (content), are tied between
-    input and output. `event_types`, `gaps` and `context` (gap to the request, hour
-    and weekday, mixed into the query) are read where the dataset has them (`auto`).
+    `layer` makes each of the `layers` (see `recsys.models.layers`). Item vectors, the id's and
+    those of `item_features` (categorical) and `item_vectors` (content), are tied between input and
+    output. `event_types`, `gaps` and `context` (gap to the request, hour and weekday, mixed into
+    the query) are read where the dataset has them (`auto`). `interests` above 1 answers with that
+    many vectors, each item being scored by the nearest; `blend` mixes a long-term interest in, by
+    its own gate or by the caller's `recency`.
     """
 
     layout = "packed"
@@ -48,54 +52,58 @@ class Trajectory(nn.Module):
         max_length: int = 50,
         dim: int = 64,
         layers: int = 2,
-        heads: int = 2,
-        feedforward: int = 64,
+        layer: MakeLayer = Attention,
         dropout: float = 0.5,
+        learned_positions: bool = True,
+        normed_input: bool = False,
         event_types: Auto = "auto",
         gaps: Auto = "auto",
         context: Auto = "auto",
+        interests: int = 1,
+        blend: bool = False,
         item_features: list[str] | None = None,
         item_vectors: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.max_length = max_length
-        self.inputs = _inputs(catalogue, event_types, gaps, context)
         self.items = nn.Embedding(catalogue.num_items + 1, dim, padding_idx=0)
         self.item_features = Features.of_items(catalogue, dim, item_features, item_vectors)
-        self.positions = nn.Embedding(max_length, dim)
+        self.layers = nn.ModuleList(layer(dim, max_length, dropout) for _ in range(layers))
+        timed = catalogue.has_time and any(part.reads_times for part in self.layers)
+        self.inputs = _inputs(catalogue, event_types, gaps, context, timed, blend)
+        self.positions = nn.Embedding(max_length, dim) if learned_positions else None
         self.event_types = _table("types" in self.inputs, len(EVENT_TYPES) + 1, dim)
         self.gaps = _table("gaps" in self.inputs, GAP_BUCKETS, dim)
-        self.context = RequestContext(dim) if "request_hour" in self.inputs else None
+        self.input_norm = nn.LayerNorm(dim) if normed_input else None
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(Layer(dim, heads, feedforward, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
+        self.interests = None if interests == 1 else Interests(dim, interests)
+        self.blend = Blend(dim) if blend else None
+        self.context = RequestContext(dim) if "request_hour" in self.inputs else None
         self.apply(_initialise)
 
     def forward(self, *arrays: Tensor) -> Tensor:
         """Return queries_BHD for right-padded histories; `arrays` in the order of `inputs`."""
         batch = dict(zip(self.inputs, arrays, strict=True))
-        items_BL = batch["items"]
-        positions_L = torch.arange(items_BL.shape[1], device=items_BL.device)
-        hidden_BLD = self._encode(batch, self.positions(positions_L), mask=None)
+        hidden_BLHD, mean_BLD = self._read(batch, Path.padded(batch))
         last_B = (batch["lengths"] - 1).clamp(min=0)
-        index_B1D = last_B[:, None, None].expand(-1, 1, hidden_BLD.shape[-1])
-        query_BD = hidden_BLD.gather(1, index_B1D).squeeze(1)
-        query_BD = query_BD if self.context is None else self.context(query_BD, batch)
-        return query_BD[:, None]
+        query_BHD = _at(hidden_BLHD, last_B)
+        if self.blend is not None:
+            query_BHD = self.blend(query_BHD, _at(mean_BLD, last_B), batch["recency"])
+        return query_BHD if self.context is None else self.context(query_BHD, batch)
 
     def training_pairs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return query_PD and target_P for the real positions of packed rows."""
-        segments_RL = batch["segments"]
-        length = segments_RL.shape[1]
-        same_RLL = segments_RL[:, :, None] == segments_RL[:, None, :]
-        mask_R1LL = same_RLL.tril()[:, None] if length else same_RLL[:, None]
-        hidden_RLD = self._encode(batch, self.positions(batch["positions"]), mask_R1LL)
-        real_RL = segments_RL > 0
-        query_PD = hidden_RLD[real_RL]
+        real_RL = batch["segments"] > 0
+        hidden_RLHD, mean_RLD = self._read(batch, Path.packed(batch))
+        query_PHD, target_P = hidden_RLHD[real_RL], batch["targets"][real_RL]
+        if self.blend is not None:
+            recency_P = self.blend.drawn(len(query_PHD), query_PHD.device)
+            query_PHD = self.blend(query_PHD, mean_RLD[real_RL], recency_P)
         if self.context is not None:
             asked = {name: batch[name][real_RL] for name in RequestContext.inputs}
-            query_PD = self.context(query_PD, asked)
-        return query_PD, batch["targets"][real_RL]
+            query_PHD = self.context(query_PHD, asked)
+        return routed(query_PHD, self.vectors_of(target_P)), target_P
 
     def item_vectors(self) -> Tensor:
         """Return vectors_ND [N + 1, D]; row 0 is padding."""
@@ -111,84 +119,51 @@ class Trajectory(nn.Module):
             vectors = vectors + part
         return vectors
 
-    def _encode(
-        self, batch: Mapping[str, Tensor], positions: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        hidden = self.vectors_of(batch["items"]) * self.items.embedding_dim**0.5 + positions
-        if self.event_types is not None:
-            hidden = hidden + self.event_types(batch["types"])
-        if self.gaps is not None:
-            hidden = hidden + self.gaps(batch["gaps"])
-        hidden = self.dropout(hidden)
+    def _read(self, batch: Mapping[str, Tensor], path: Path) -> tuple[Tensor, Tensor]:
+        """Return each position's interests hidden_BLHD, and the mean of the path up to it."""
+        events_BLD = self._events(batch, path)
+        hidden_BLD = self.dropout(events_BLD)
         for layer in self.layers:
-            hidden = layer(hidden, mask)
-        return self.norm(hidden)
+            hidden_BLD = layer(hidden_BLD, path)
+        hidden_BLD = self.norm(hidden_BLD)
+        mean_BLD = hidden_BLD if self.blend is None else path.mean(events_BLD)
+        if self.interests is None:
+            return hidden_BLD[:, :, None], mean_BLD
+        return self.interests(hidden_BLD, path), mean_BLD
+
+    def _events(self, batch: Mapping[str, Tensor], path: Path) -> Tensor:
+        events = self.vectors_of(batch["items"])
+        if self.input_norm is None:
+            events = events * self.items.embedding_dim**0.5
+        if self.positions is not None:
+            events = events + self.positions(path.positions)
+        if self.event_types is not None:
+            events = events + self.event_types(batch["types"])
+        if self.gaps is not None:
+            events = events + self.gaps(batch["gaps"])
+        return events if self.input_norm is None else self.input_norm(events)
 
 
-class Layer(nn.Module):
-    """Causal self-attention and a feed-forward network, each behind a norm and a residual."""
-
-    def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
-        super().__init__()
-        if dim % heads:
-            raise InputError(f"model.dim={dim} is not a multiple of model.heads={heads}")
-        self.heads = heads
-        self.attention_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.project_in = nn.Linear(dim, 3 * dim)
-        self.project_out = nn.Linear(dim, dim)
-        self.feedforward = nn.Sequential(
-            nn.Linear(dim, feedforward), nn.GELU(), nn.Dropout(dropout), nn.Linear(feedforward, dim)
-        )
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, hidden_BLD: Tensor, mask_B1LL: Tensor | None) -> Tensor:
-        """Return hidden_BLD; without a mask, position t reads positions up to t."""
-        attended_BLD = self._attend(self.attention_norm(hidden_BLD), mask_B1LL)
-        hidden_BLD = hidden_BLD + self.dropout(attended_BLD)
-        return hidden_BLD + self.dropout(self.feedforward(self.feedforward_norm(hidden_BLD)))
-
-    def _attend(self, hidden_BLD: Tensor, mask_B1LL: Tensor | None) -> Tensor:
-        # Dropping attention probabilities costs a fused kernel and buys no quality.
-        heads = self.project_in(hidden_BLD).unflatten(-1, (3, self.heads, -1))
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
-        attended_BHLK = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask_B1LL, is_causal=mask_B1LL is None
-        )
-        return self.project_out(attended_BHLK.transpose(1, 2).flatten(2))
+def _at(values: Tensor, place_B: Tensor) -> Tensor:
+    """Return values [B, L, …] at one place each: [B, …]."""
+    index = place_B.view(-1, *[1] * (values.ndim - 1)).expand(-1, 1, *values.shape[2:])
+    return values.gather(1, index).squeeze(1)
 
 
-class RequestContext(nn.Module):
-    """Fits a query to when it is asked: gap since the last event, hour of day, weekday.
-
-    A small network behind the sum lets the moment turn what the path says: after a night, another
-    aisle; within a minute, not the same item again. A sum alone can only add to it.
-    """
-
-    inputs = ("request_gap", "request_hour", "request_weekday")
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        sizes = zip(self.inputs, (GAP_BUCKETS, 24, 7), strict=True)
-        self.tables = nn.ModuleDict({name: nn.Embedding(size, dim) for name, size in sizes})
-        self.mix = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
-
-    def forward(self, query_PD: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return query_PD for the moments [P] in `batch`."""
-        for name in self.inputs:
-            query_PD = query_PD + self.tables[name](batch[name])
-        return query_PD + self.mix(query_PD)
-
-
-def _inputs(catalogue: Catalogue, event_types: Auto, gaps: Auto, context: Auto) -> tuple[str, ...]:
-    timed = catalogue.has_time, "timestamps"
+def _inputs(
+    catalogue: Catalogue, event_types: Auto, gaps: Auto, context: Auto, timed: bool, blend: bool
+) -> tuple[str, ...]:
+    has_time = catalogue.has_time, "timestamps"
     inputs: tuple[str, ...] = ("items", "lengths")
     if resolve(event_types, catalogue.has_types, "event_types", "event types"):
         inputs += ("types",)
-    if resolve(gaps, timed[0], "gaps", timed[1]):
+    if resolve(gaps, has_time[0], "gaps", has_time[1]):
         inputs += ("gaps",)
-    if resolve(context, timed[0], "context", timed[1]):
+    if timed:
+        inputs += ("times",)
+    if resolve(context, has_time[0], "context", has_time[1]):
         inputs += RequestContext.inputs
-    return inputs
+    return (*inputs, "recency") if blend else inputs
 
 
 def _table(wanted: bool, size: int, dim: int) -> nn.Embedding | None:
@@ -198,7 +173,7 @@ def _table(wanted: bool, size: int, dim: int) -> nn.Embedding | None:
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         nn.init.zeros_(module.weight[module.padding_idx])

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 NAMED_UNKNOWN = 5
 """So many unknown items are named in an answer; the rest are counted."""
 ENCODED = (
-    *("items", "types", "gaps", "lengths"),
+    *("items", "types", "gaps", "times", "lengths", "recency"),
     *("request_gap", "request_hour", "request_weekday", "users"),
 )
 """Arrays that a server can give an encoder: those of `history.encode`, and `users`."""

@@ -9,26 +9,39 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import (
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
 
 from recsys.data.dataset import Dataset
 from recsys.evaluation.protocol import evaluate
 from recsys.evaluation.scorers import ModelScorer
+from recsys.schema import InputError
 from recsys.training.memory import peak_memory_gib
 
 MONITOR = "validation/ndcg@10"
 EPOCH_KS = (10, 20, 100)
 """Cut-offs of each epoch's figures; the test at the end has all."""
 
+AVERAGED_STEPS = 8
+"""The average of weights takes up every eighth step's: near the same, and seldom felt."""
+
 
 class FullRanking(Callback):
     """Ranks the validation part after each epoch, and logs and prints the epoch's figures.
 
-    `history` holds one dict of figures an epoch and travels in the checkpoint.
+    `history` holds one dict of figures an epoch and travels in the checkpoint. Where weights are
+    averaged, `averaging` lends the average for the ranking.
     """
 
-    def __init__(self, dataset: Dataset, exclude_seen: bool) -> None:
-        self.dataset, self.exclude_seen = dataset, exclude_seen
+    def __init__(
+        self, dataset: Dataset, exclude_seen: bool, averaging: Callback | None = None
+    ) -> None:
+        self.dataset, self.exclude_seen, self.averaging = dataset, exclude_seen, averaging
         self.history: list[dict[str, float]] = []
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
@@ -40,14 +53,18 @@ class FullRanking(Callback):
             "train/seconds": trained - module.started,
             "train/peak_memory_gib": peak_memory_gib(),
         }
+        if self.averaging:
+            self.averaging.on_validation_epoch_start(trainer, module)
         figures |= {f"validation/{k}": v for k, v in self.rank(module).items()}
+        if self.averaging:
+            self.averaging.on_validation_epoch_end(trainer, module)
         figures["validation/seconds"] = time.perf_counter() - trained
         self.history.append({"epoch": trainer.current_epoch, **figures})
         module.log_dict({k: torch.tensor(v, dtype=torch.float64) for k, v in figures.items()})
         print(_line(trainer, figures), file=sys.stderr, flush=True)
 
     def rank(self, module: Any) -> dict[str, float]:
-        """Return validation metrics of the weights as they are."""
+        """Return validation metrics of the module's weights as they are."""
         module.model.eval()
         scorer = ModelScorer(module.model, module.device)
         result = evaluate(
@@ -80,6 +97,16 @@ def _line(trainer: pl.Trainer, figures: dict[str, float]) -> str:
     )
 
 
+def averaged(decay: float | None) -> EMAWeightAveraging | None:
+    """Return the exponential moving average of weights with this decay a step, if one is wanted."""
+    if decay is None:
+        return None
+    if not 0 < decay < 1:
+        raise InputError(f"averaging={decay}: expected a decay between 0 and 1, or null")
+    every = AVERAGED_STEPS
+    return EMAWeightAveraging(use_buffers=False, decay=decay**every, update_every_n_steps=every)
+
+
 def callbacks(folder: Path, ranking: FullRanking, patience: int | None) -> list[Callback]:
     """Return validation, checkpoints (best and last), early stopping and a bar on a terminal."""
     checkpoint = ModelCheckpoint(
@@ -92,6 +119,8 @@ def callbacks(folder: Path, ranking: FullRanking, patience: int | None) -> list[
         save_on_train_epoch_end=True,
     )
     wanted: list[Callback] = [ranking, checkpoint]
+    if ranking.averaging:
+        wanted.insert(0, ranking.averaging)
     if patience:
         wanted.append(
             EarlyStopping(MONITOR, mode="max", patience=patience, check_on_train_epoch_end=True)

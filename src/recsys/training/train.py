@@ -23,7 +23,7 @@ from recsys.data.batches import Batches
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset
 from recsys.schema import InputError
-from recsys.training.callbacks import FullRanking, callbacks
+from recsys.training.callbacks import FullRanking, averaged, callbacks
 from recsys.training.memory import keep_large_buffers
 from recsys.training.module import RetrieverModule
 from recsys.training.runs import BEST, LAST, build_model, dataset_of, load_run, read_config
@@ -124,7 +124,8 @@ def _run(
 ) -> Trained:
     started = time.perf_counter()
     tracker.start(config, batches.dataset)
-    ranking = FullRanking(batches.dataset, config.evaluation.exclude_seen)
+    averaging = averaged(config.averaging)
+    ranking = FullRanking(batches.dataset, config.evaluation.exclude_seen, averaging)
     _fit(config, folder, module, batches, tracker, ranking)
     seconds = time.perf_counter() - started
     facts = {

@@ -1,0 +1,364 @@
+"""Interchangeable layers of the trajectory model; at position t each reads positions up to t only.
+
+Shapes: B histories or packed rows, L positions, D dim, H heads, K width of a head or a filter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys.schema import InputError
+
+Norm = Literal["pre", "post"]
+
+
+@dataclass(frozen=True)
+class Path:
+    """What a layer knows of the path beside its hidden states.
+
+    positions: int64 [B, L] or [L], places within the history; times: int64 [B, L], seconds since
+    the history's first event, or None; segments: int64 [B, L], which history of a packed row a
+    position belongs to (0: none), or None where each row is one right-padded history.
+    """
+
+    positions: Tensor
+    times: Tensor | None = None
+    segments: Tensor | None = None
+
+    @classmethod
+    def packed(cls, batch: Mapping[str, Tensor]) -> Path:
+        """The paths of packed training rows, see `history.pack`."""
+        return cls(batch["positions"], batch.get("times"), batch["segments"])
+
+    @classmethod
+    def padded(cls, batch: Mapping[str, Tensor]) -> Path:
+        """The paths of right-padded histories, see `history.encode`."""
+        items_BL = batch["items"]
+        return cls(torch.arange(items_BL.shape[1], device=items_BL.device), batch.get("times"))
+
+    @cached_property
+    def visible(self) -> Tensor | None:
+        """Which positions each may read: bool [B, 1, L, L]; None means all up to itself."""
+        if self.segments is None:
+            return None
+        same_BLL = self.segments[:, :, None] == self.segments[:, None, :]
+        return same_BLL.tril()[:, None]
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """`visible` as something to add to attention logits: made once for all layers."""
+        if self.visible is None:
+            return None
+        return torch.zeros_like(self.visible, dtype=torch.float32).masked_fill_(
+            ~self.visible, torch.finfo(torch.float32).min
+        )
+
+    def attend(self, query_BHLK: Tensor, key_BHLK: Tensor, value_BHLK: Tensor) -> Tensor:
+        """Return softmax attention over what each position may read."""
+        # Dropping attention probabilities costs a fused kernel and buys no quality.
+        bias = None if self.bias is None else self.bias.to(query_BHLK.dtype)
+        return F.scaled_dot_product_attention(
+            query_BHLK, key_BHLK, value_BHLK, attn_mask=bias, is_causal=bias is None
+        )
+
+    def mean(self, hidden_BLD: Tensor) -> Tensor:
+        """Return the mean over what each position may read: [B, L, D]."""
+        value_B1LD = hidden_BLD[:, None]
+        nothing = torch.zeros_like(value_B1LD[..., :1])
+        return self.attend(nothing, nothing, value_B1LD).squeeze(1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention and a feed-forward network, each behind a norm and a residual.
+
+    Source: SASRec (Kang and McAuley 2018, section 3), normalised before each part, or after it by
+    `norm=post`; `rotary` turns queries and keys by their place (Su et al. 2021, section 3.4)
+    instead of leaving order to the input alone.
+    """
+
+    reads_times = False
+
+    def __init__(
+        self,
+        dim: int,
+        max_length: int,
+        dropout: float = 0.5,
+        heads: int = 2,
+        feedforward: int = 64,
+        rotary: bool = False,
+        norm: Norm = "pre",
+    ) -> None:
+        super().__init__()
+        self.norm = norm
+        self.mixer: nn.Module = SelfAttention(dim, heads, max_length if rotary else 0)
+        self.mixer_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.feedforward = nn.Sequential(
+            nn.Linear(dim, feedforward), nn.GELU(), nn.Dropout(dropout), nn.Linear(feedforward, dim)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
+        """Return hidden_BLD."""
+        if self.norm == "post":
+            hidden_BLD = self.mixer_norm(hidden_BLD + self.dropout(self.mixer(hidden_BLD, path)))
+            fed_BLD = self.dropout(self.feedforward(hidden_BLD))
+            return self.feedforward_norm(hidden_BLD + fed_BLD)
+        mixed_BLD = self.mixer(self.mixer_norm(hidden_BLD), path)
+        hidden_BLD = hidden_BLD + self.dropout(mixed_BLD)
+        return hidden_BLD + self.dropout(self.feedforward(self.feedforward_norm(hidden_BLD)))
+
+
+class Filtered(Attention):
+    """Attention beside a causal frequency filter: `share` of the filter, the rest attention.
+
+    Source: BSARec (Shin et al. 2024, section 4). Its Fourier filter mixes each position with later
+    ones; here the low frequencies are a moving average over the newest `width` positions whose
+    weights are learned, and the high ones, what it leaves, are scaled by a learned square.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        max_length: int,
+        dropout: float = 0.5,
+        heads: int = 2,
+        feedforward: int = 64,
+        rotary: bool = False,
+        norm: Norm = "pre",
+        share: float = 0.7,
+        width: int = 8,
+    ) -> None:
+        super().__init__(dim, max_length, dropout, heads, feedforward, rotary, norm)
+        if not 0 <= share <= 1:
+            raise InputError(f"model.layer.share={share}: expected 0 (attention) to 1 (filter)")
+        self.mixer = Mixture(CausalFilter(dim, width, dropout), self.mixer, share)
+
+
+class Gated(nn.Module):
+    """Attention and SwiGLU, each let through by a gate that the layer's input opens.
+
+    Source: LiGR (Borisyuk et al. 2024, section 3.2), as eSASRec (Tikhonovich et al. 2025) uses it.
+    """
+
+    reads_times = False
+
+    def __init__(
+        self,
+        dim: int,
+        max_length: int,
+        dropout: float = 0.2,
+        heads: int = 2,
+        feedforward: int = 256,
+        rotary: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mixer = SelfAttention(dim, heads, max_length if rotary else 0)
+        self.mixer_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.mixer_gate, self.feedforward_gate = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.widen = nn.Linear(dim, 2 * feedforward)
+        self.narrow = nn.Linear(feedforward, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
+        """Return hidden_BLD."""
+        mixed_BLD = self.mixer(self.mixer_norm(hidden_BLD), path)
+        hidden_BLD = hidden_BLD + self.dropout(mixed_BLD) * self.mixer_gate(hidden_BLD).sigmoid()
+        gate_BLF, value_BLF = self.widen(self.feedforward_norm(hidden_BLD)).chunk(2, dim=-1)
+        fed_BLD = self.narrow(self.dropout(F.silu(gate_BLF) * value_BLF))
+        return hidden_BLD + self.dropout(fed_BLD) * self.feedforward_gate(hidden_BLD).sigmoid()
+
+
+class Hstu(nn.Module):
+    """Pointwise SiLU attention with a bias for how far back and how long ago.
+
+    Source: HSTU (Zhai et al. 2024, section 3.1). The bias over time is a smooth function of the
+    log of the seconds between two events, so that no bucket's edge can differ between runtimes.
+    """
+
+    reads_times = True
+    WAVES = 8
+
+    def __init__(self, dim: int, max_length: int, dropout: float = 0.2, heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.max_length = _checked(heads, dim), max_length
+        self.norm, self.attended_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.project_in, self.project_out = nn.Linear(dim, 4 * dim), nn.Linear(dim, dim)
+        self.by_place = nn.Embedding(max_length, heads)
+        self.by_time = nn.Linear(self.WAVES, heads, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
+        """Return hidden_BLD."""
+        parts = F.silu(self.project_in(self.norm(hidden_BLD))).unflatten(-1, (4, self.heads, -1))
+        gate, value, query, key = parts.permute(2, 0, 3, 1, 4)
+        weights_BHLL = F.silu(query @ key.transpose(-1, -2) + self._bias(path)) / self.max_length
+        attended_BHLK = (weights_BHLL * self._visible(path)) @ value
+        attended_BLD = self.attended_norm(attended_BHLK.transpose(1, 2).flatten(2))
+        return hidden_BLD + self.dropout(
+            self.project_out(attended_BLD * gate.transpose(1, 2).flatten(2))
+        )
+
+    def _bias(self, path: Path) -> Tensor:
+        places = path.positions if path.positions.ndim == 2 else path.positions[None]
+        back_BLL = (places[:, :, None] - places[:, None, :]).clamp(min=0)
+        bias_BLLH = self.by_place(back_BLL)
+        if path.times is not None:
+            ago_BLL = (path.times[:, :, None] - path.times[:, None, :]).clamp(min=0)
+            bias_BLLH = bias_BLLH + self.by_time(_waves(ago_BLL, self.WAVES))
+        return bias_BLLH.permute(0, 3, 1, 2)
+
+    def _visible(self, path: Path) -> Tensor:
+        if path.visible is not None:
+            return path.visible
+        return path.positions[:, None] >= path.positions[None, :]
+
+
+class Recurrent(nn.Module):
+    """A gated recurrent unit behind a norm and a residual.
+
+    Source: GRU4Rec (Hidasi et al. 2016, section 3), trained on every position.
+    """
+
+    reads_times = False
+
+    def __init__(self, dim: int, max_length: int, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.gru = nn.GRU(dim, dim, batch_first=True)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
+        """Return hidden_BLD."""
+        input_BLD = self.norm(hidden_BLD)
+        if torch.onnx.is_in_onnx_export():
+            return hidden_BLD + self._as_one_node(input_BLD)
+        if path.segments is None:
+            return hidden_BLD + self.dropout(self.gru(input_BLD)[0])
+        real_BL = path.segments > 0
+        started_P = (path.positions[real_BL] == 0).long().cumsum(0) - 1
+        at = started_P, path.positions[real_BL]
+        alone = input_BLD.new_zeros(int(started_P.max()) + 1, *input_BLD.shape[1:])
+        read = self.gru(alone.index_put(at, input_BLD[real_BL]))[0][at]
+        return hidden_BLD + self.dropout(torch.zeros_like(hidden_BLD).index_put((real_BL,), read))
+
+    def _as_one_node(self, input_BLD: Tensor) -> Tensor:
+        """Return the unit's output as ONNX's own GRU: torch's exporter unrolls it, length fixed."""
+        weights = [_update_first(w) for w in (self.gru.weight_ih_l0, self.gru.weight_hh_l0)]
+        biases = [_update_first(b) for b in (self.gru.bias_ih_l0, self.gru.bias_hh_l0)]
+        batch, length, dim = input_BLD.shape
+        output_L1BD = torch.onnx.ops.symbolic(
+            "GRU",
+            (input_BLD.transpose(0, 1), *weights, torch.cat(biases, dim=1)),
+            {"hidden_size": dim, "linear_before_reset": 1},
+            dtype=input_BLD.dtype,
+            shape=(length, 1, batch, dim),
+        )
+        return output_L1BD.squeeze(1).transpose(0, 1)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head softmax attention; `rotary_length` above 0 turns queries and keys by place."""
+
+    def __init__(self, dim: int, heads: int, rotary_length: int = 0) -> None:
+        super().__init__()
+        self.heads = _checked(heads, dim)
+        self.project_in = nn.Linear(dim, 3 * dim)
+        self.project_out = nn.Linear(dim, dim)
+        self.rotary = Rotary(dim // heads, rotary_length) if rotary_length else None
+
+    def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
+        """Return hidden_BLD."""
+        parts = self.project_in(hidden_BLD).unflatten(-1, (3, self.heads, -1))
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        if self.rotary is not None:
+            query, key = self.rotary(query, path), self.rotary(key, path)
+        return self.project_out(path.attend(query, key, value).transpose(1, 2).flatten(2))
+
+
+class Rotary(nn.Module):
+    """Turns pairs of a head's dimensions by angles that grow with the place (Su et al. 2021)."""
+
+    def __init__(self, width: int, length: int) -> None:
+        super().__init__()
+        if width % 2:
+            raise InputError(f"rotary positions need an even width of heads, not {width}")
+        speed_K = 10_000.0 ** -(torch.arange(0, width, 2) / width)
+        angles_LK = torch.arange(length)[:, None] * speed_K
+        self.register_buffer("cos", angles_LK.cos().repeat(1, 2), persistent=False)
+        self.register_buffer("sin", angles_LK.sin().repeat(1, 2), persistent=False)
+
+    def forward(self, heads_BHLK: Tensor, path: Path) -> Tensor:
+        """Return the heads turned: [B, H, L, K]."""
+        cos, sin = (self.get_buffer(name)[path.positions] for name in ("cos", "sin"))
+        if path.positions.ndim == 2:
+            cos, sin = cos[:, None], sin[:, None]
+        left, right = heads_BHLK.chunk(2, dim=-1)
+        return heads_BHLK * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+class Mixture(nn.Module):
+    """A fixed blend of two ways to mix positions."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, share: float) -> None:
+        super().__init__()
+        self.first, self.second, self.share = first, second, share
+
+    def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
+        """Return `share` of the first and the rest of the second."""
+        first_BLD, second_BLD = self.first(hidden_BLD, path), self.second(hidden_BLD, path)
+        return self.share * first_BLD + (1 - self.share) * second_BLD
+
+
+class CausalFilter(nn.Module):
+    """Splits each dimension's course into a moving average and the rest, and weighs the rest."""
+
+    def __init__(self, dim: int, width: int, dropout: float) -> None:
+        super().__init__()
+        if width < 1:
+            raise InputError(f"model.layer.width={width}: expected at least 1 position")
+        self.taps = nn.Parameter(torch.zeros(width, dim))
+        self.rest = nn.Parameter(torch.randn(dim))
+        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+
+    def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
+        """Return the filtered course, back on the scale of its input."""
+        slow_BLD = self._average(hidden_BLD, path)
+        filtered_BLD = slow_BLD + self.rest.square() * (hidden_BLD - slow_BLD)
+        return self.norm(self.dropout(filtered_BLD) + hidden_BLD)
+
+    def _average(self, hidden_BLD: Tensor, path: Path) -> Tensor:
+        weights_KD = self.taps.exp()
+        total_BLD = weights_KD[0] * hidden_BLD
+        weight_BLD = weights_KD[0].expand_as(hidden_BLD)
+        for back in range(1, len(weights_KD)):
+            there_BL1 = (path.positions >= back)[..., None].to(hidden_BLD.dtype)
+            earlier_BLD = F.pad(hidden_BLD, (0, 0, back, 0))[:, : hidden_BLD.shape[1]]
+            total_BLD = total_BLD + there_BL1 * weights_KD[back] * earlier_BLD
+            weight_BLD = weight_BLD + there_BL1 * weights_KD[back]
+        return total_BLD / weight_BLD
+
+
+def _update_first(gates: Tensor) -> Tensor:
+    """Reorder torch's reset, update and new gate as ONNX has them, with its leading 1."""
+    reset, update, new = gates.chunk(3)
+    return torch.cat([update, reset, new])[None]
+
+
+def _waves(seconds: Tensor, count: int) -> Tensor:
+    """Return smooth features of a time span: cosines of the log of its seconds, [..., count]."""
+    place = torch.log1p(seconds.float()) / math.log(2**32)
+    return torch.cos(math.pi * place[..., None] * torch.arange(count, device=seconds.device))
+
+
+def _checked(heads: int, dim: int) -> int:
+    if dim % heads:
+        raise InputError(f"model.dim={dim} is not a multiple of model.layer.heads={heads}")
+    return heads
