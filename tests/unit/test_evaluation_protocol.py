@@ -120,8 +120,9 @@ def test_a_scorer_sees_only_the_past(tmp_path: Path) -> None:
     scorer = FixedScores(np.zeros((2, 6)))
     evaluate(dataset, scorer, "test")
     (batch,) = scorer.batches
-    assert batch.histories.items.tolist() == [1, 2, 3, 4, 5, 4, 3]
-    assert batch.now.tolist() == [220, 240]
+    assert batch.users.tolist() == [1, 0]  # short histories first
+    assert batch.histories.items.tolist() == [5, 4, 3, 1, 2, 3, 4]
+    assert batch.now.tolist() == [240, 220]
     assert (batch.histories.times < np.repeat(batch.now, batch.histories.lengths)).all()
     assert not hasattr(batch, "targets")
 
@@ -147,17 +148,18 @@ def test_changing_the_future_changes_no_score(tmp_path: Path, part: str) -> None
 
 
 def _all_scores(dataset: Dataset, scorer: object, part: str) -> torch.Tensor:
-    kept = []
+    kept, users = [], []
 
     class Recorder:
         name = "recorder"
 
         def score(self, batch: object) -> torch.Tensor:
             kept.append(scorer.score(batch).clone())
+            users.append(torch.from_numpy(batch.users))
             return kept[-1]
 
     evaluate(dataset, Recorder(), part)
-    return torch.cat(kept)
+    return torch.cat(kept)[torch.cat(users).argsort()]
 
 
 def test_slices_are_a_partition_of_the_users(tmp_path: Path) -> None:

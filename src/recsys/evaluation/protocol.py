@@ -194,6 +194,9 @@ def _rank(
     exclude_seen: bool,
     batch_size: int,
 ) -> _Ranked:
+    # Histories of like length together: little of a batch is then padding.
+    order_Q = np.argsort(asked.places, kind="stable")
+    asked = Requests(*(column[order_Q] for column in asked))
     with_seen, without_seen = [], []
     shown_KN = torch.zeros(len(ks), dataset.num_items + 1, dtype=torch.int64)
     for batch, targets_B in _batches(dataset, asked, batch_size):
@@ -206,7 +209,8 @@ def _rank(
         if ks:
             top_BK = _top(scores_BN, max(ks), seen if exclude_seen else None)
             shown_KN += torch.stack([exposure(top_BK[:, :k], dataset.num_items) for k in ks])
-    return _Ranked(torch.cat(with_seen), torch.cat(without_seen), shown_KN)
+    back_Q = torch.from_numpy(np.argsort(order_Q))
+    return _Ranked(torch.cat(with_seen)[back_Q], torch.cat(without_seen)[back_Q], shown_KN)
 
 
 def _batches(

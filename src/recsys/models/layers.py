@@ -251,8 +251,10 @@ class Recurrent(nn.Module):
 
     def _as_one_node(self, input_BLD: Tensor) -> Tensor:
         """Return the unit's output as ONNX's own GRU: torch's exporter unrolls it, length fixed."""
-        weights = [_update_first(w) for w in (self.gru.weight_ih_l0, self.gru.weight_hh_l0)]
-        biases = [_update_first(b) for b in (self.gru.bias_ih_l0, self.gru.bias_hh_l0)]
+        weights, biases = (
+            [_update_first(self.gru.get_parameter(f"{kind}_{side}_l0")) for side in ("ih", "hh")]
+            for kind in ("weight", "bias")
+        )
         batch, length, dim = input_BLD.shape
         output_L1BD = torch.onnx.ops.symbolic(
             "GRU",

@@ -6,17 +6,48 @@ Shapes: P supervised positions, D dim.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from recsys.losses import ItemSide
+from recsys.losses import ItemSide, contrastive
+from recsys.schema import EVENT_TYPES, InputError, type_code
 
-Loss = Callable[[Tensor, Tensor, ItemSide], Tensor]
+Loss = Callable[..., Tensor]
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a training wants beside the next item.
+
+    contrastive: weight of `losses.contrastive` between two readings of each path, which differ by
+    dropout. type_weights: what each event type weighs as a target, by name; 1 where not named.
+    """
+
+    contrastive: float = 0.0
+    type_weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, weight in self.type_weights.items():
+            type_code(name)
+            if weight < 0:
+                raise InputError(f"objective.type_weights.{name}={weight}: expected 0 or more")
+
+    def weights(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Return each supervised position's weight [P], with a mean of 1; None where all are 1."""
+        if not self.type_weights:
+            return None
+        targets = batch["targets"]
+        table = torch.ones(len(EVENT_TYPES) + 1, device=targets.device)
+        for name, weight in self.type_weights.items():
+            table[type_code(name)] = weight
+        weight_P = table[batch["target_types"][targets > 0]]
+        return weight_P / weight_P.mean().clamp(min=1e-6)
 
 
 class RetrieverModule(pl.LightningModule):
@@ -32,8 +63,10 @@ class RetrieverModule(pl.LightningModule):
         optimizer: OptimizerFactory,
         train_count: Tensor,
         seed: int,
+        objective: Objective | None = None,
     ) -> None:
         super().__init__()
+        self.objective = objective or Objective()
         self.model, self.loss, self.make_optimizer, self.seed = model, loss, optimizer, seed
         share = train_count.float() / train_count.sum().clamp(min=1)
         self.register_buffer("share", share, persistent=False)
@@ -41,7 +74,11 @@ class RetrieverModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], step: int) -> Tensor:
         """Return the mean loss over the batch's supervised positions."""
         query_PD, target_P = self.model.training_pairs(batch)  # type: ignore[operator]
-        loss = self.loss(query_PD, target_P, self.item_side)
+        weight_P = self.objective.weights(batch)
+        loss = self.loss(query_PD, target_P, self.item_side, weight_P=weight_P)
+        if self.objective.contrastive:
+            again_PD, _ = self.model.training_pairs(batch)  # type: ignore[operator]
+            loss = loss + self.objective.contrastive * contrastive(query_PD, again_PD, target_P)
         self.count(loss, len(target_P))
         self.log("positions/s", self.rate, prog_bar=True, logger=False)
         return loss

@@ -25,7 +25,7 @@ from recsys.data.dataset import Dataset
 from recsys.schema import InputError
 from recsys.training.callbacks import FullRanking, averaged, callbacks
 from recsys.training.memory import keep_large_buffers
-from recsys.training.module import RetrieverModule
+from recsys.training.module import Objective, RetrieverModule
 from recsys.training.runs import BEST, LAST, build_model, dataset_of, load_run, read_config
 from recsys.training.testing import Tested, rank_test
 from recsys.training.tracking import Tracker, make_tracker
@@ -102,7 +102,8 @@ def _assemble(config: DictConfig, dataset: Dataset) -> tuple[RetrieverModule, Ba
         )
     count = torch.from_numpy(Catalogue.of(dataset).train_count)
     loss, optimizer = instantiate(config.loss), instantiate(config.optimizer)
-    return RetrieverModule(model, loss, optimizer, count, config.seed), batches
+    objective = Objective(**config.objective)
+    return RetrieverModule(model, loss, optimizer, count, config.seed, objective), batches
 
 
 def _check_device(accelerator: str) -> None:
