@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from recsys.data.dataset import Dataset
 from recsys.evaluation.protocol import evaluate
 from recsys.evaluation.scorers import ModelScorer
+from recsys.training.checkpoints import Bookmark
 from recsys.training.memory import peak_memory_gib
 
 MONITOR = "validation/ndcg@10"
@@ -80,7 +81,9 @@ def _line(trainer: pl.Trainer, figures: dict[str, float]) -> str:
     )
 
 
-def callbacks(folder: Path, ranking: FullRanking, patience: int | None) -> list[Callback]:
+def callbacks(
+    folder: Path, ranking: FullRanking, bookmark: Bookmark, patience: int | None
+) -> list[Callback]:
     """Return validation, checkpoints (best and last), early stopping and a bar on a terminal."""
     checkpoint = ModelCheckpoint(
         dirpath=folder,
@@ -91,7 +94,7 @@ def callbacks(folder: Path, ranking: FullRanking, patience: int | None) -> list[
         enable_version_counter=False,
         save_on_train_epoch_end=True,
     )
-    wanted: list[Callback] = [ranking, checkpoint]
+    wanted: list[Callback] = [ranking, bookmark, checkpoint]
     if patience:
         wanted.append(
             EarlyStopping(MONITOR, mode="max", patience=patience, check_on_train_epoch_end=True)
