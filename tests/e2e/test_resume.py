@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -11,15 +12,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from recsys.artifacts import Workspace
 from recsys.cli import main
+from recsys.training.checkpoints import WholeCheckpoints
+from recsys.training.runs import LAST
 
 RECSYS = [sys.executable, "-m", "recsys.cli"]
-EPOCHS = 5
+EPOCHS, STEPS = 4, 40
 TRAIN = (
-    f"train trainer=cpu model.dim=16 batches.size=2 trainer.max_epochs={EPOCHS} patience=null "
-    "model.dropout=0.3"
+    f"train trainer=cpu model.dim=16 batches.size=3 trainer.max_epochs={EPOCHS} patience=null "
+    "model.dropout=0.3 trainer.log_every_n_steps=1 checkpoint_every.steps=7"
 ).split()
 
 
@@ -28,49 +34,75 @@ def result(command: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def kill_in_epoch(command: list[str], epoch: int) -> None:
-    """Start a training and kill it a moment after `epoch` epochs are done."""
+def kill_within(epoch: int, command: list[str], last: Path) -> int:
+    """Kill a training once its checkpoint lies within `epoch`; return the step before it."""
     process = subprocess.Popen(
         [*RECSYS, *command],
-        stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        text=True,
+        stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert process.stderr
-    for line in process.stderr:
-        if line.startswith(f"epoch {epoch:>3}/"):
-            break
-    time.sleep(0.15)
+    while not (place(last)[0] == epoch and 10 < place(last)[1] < STEPS):
+        assert process.poll() is None
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    at, step = place(last)
+    assert at == epoch
+    assert 0 < step < STEPS
+    return epoch * STEPS + step - 1
 
 
+def place(last: Path) -> tuple[int, int]:
+    """Return the next epoch and step; a reader at any moment finds a whole checkpoint."""
+    if not last.exists():
+        return 0, 0
+    return torch.load(last, weights_only=True)["callbacks"]["Bookmark"]["place"]
+
+
+def history(client: MlflowClient, run: Run, metric: str) -> dict[int, float]:
+    """Return a metric's value at each step; the steps after a checkpoint repeat it exactly."""
+    found: dict[int, set[float]] = {}
+    for entry in client.get_metric_history(run.info.run_id, metric):
+        found.setdefault(entry.step, set()).add(entry.value)
+    assert all(len(values) == 1 for values in found.values())
+    return {step: values.pop() for step, values in found.items()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_killed_and_resumed_equals_uninterrupted(
-    workspace: Workspace, ring_csv: Path, capsys: pytest.CaptureFixture[str]
+    workers: int, workspace: Workspace, ring_csv: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mlflow import MlflowClient
-
     assert main(["prepare", "data=events", f"data.path={ring_csv}"]) == 0
     whole = result([*TRAIN, "name=whole"], capsys)
-    kill_in_epoch([*TRAIN, "name=killed"], epoch=2)
-    assert not (workspace.folder("run") / "killed" / "manifest.json").exists()
+    killed = workspace.folder("run") / "killed"
+    first = kill_within(1, [*TRAIN, "name=killed", f"workers={workers}"], killed / LAST)
+    second = kill_within(2, ["train", "resume=killed"], killed / LAST)
+    assert not (killed / "manifest.json").exists()
     resumed = result(["train", "resume=killed"], capsys)
     for name, value in whole["test"].items():
         assert resumed["test"][name] == pytest.approx(value, abs=1e-6), name
+
     client = MlflowClient(workspace.tracking_uri)
     experiment = client.get_experiment_by_name("recsys")
     assert experiment
     runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
     assert sorted(runs) == ["killed", "whole"]
     assert runs["killed"].info.status == "FINISHED"
-    # A kill between an epoch's log and its checkpoint repeats that epoch: the same step, the same
-    # value, once more.
-    whole_run, killed_run = (runs[name].info.run_id for name in ("whole", "killed"))
-    losses = {m.step: m.value for m in client.get_metric_history(whole_run, "train/loss")}
-    assert len(losses) == EPOCHS
-    again = client.get_metric_history(killed_run, "train/loss")
-    assert {m.step for m in again} == set(losses)
-    assert all(m.value == pytest.approx(losses[m.step], abs=1e-6) for m in again)
+    for metric, count in {"train/step_loss": EPOCHS * STEPS, "train/loss": EPOCHS}.items():
+        expected, met = (history(client, runs[name], metric) for name in ("whole", "killed"))
+        assert len(expected) == count
+        # Lightning logs a step after its checkpoint: a kill between the two loses that one line.
+        met = {step: expected[step] for step in (first, second) if count > EPOCHS} | met
+        assert met == pytest.approx(expected, abs=1e-6)
+
     assert main(["train", "resume=killed"]) == 2
     assert "is finished" in capsys.readouterr().err
+
+
+def test_a_checkpoint_cut_short_leaves_the_one_before(tmp_path: Path) -> None:
+    file, writer = tmp_path / "last.ckpt", WholeCheckpoints()
+    writer.save_checkpoint({"weights": torch.ones(9)}, file)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        writer.save_checkpoint({"weights": torch.zeros(9), "breaks": lambda: None}, file)
+    assert torch.load(file, weights_only=True)["weights"].sum() == 9

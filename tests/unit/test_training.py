@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from recsys.artifacts import Workspace, write_json
 from recsys.cli import main
-from recsys.data.batches import PackedBatches, PairBatches
+from recsys.data.batches import PackedBatches, PairBatches, Steps
 from recsys.data.dataset import Dataset
 from recsys.schema import InputError
 from recsys.training.runs import BEST, load_run
@@ -107,8 +108,20 @@ def test_batches_are_a_function_of_seed_epoch_and_step(kind: type, dataset: Data
     assert len(plain) == batches.steps
     for left, right in zip(plain, worked, strict=True):
         assert all(torch.equal(left[name], right[name]) for name in left)
+    again = list(batches.loader(2, Steps(batches.steps, first=5)))
+    assert len(again) == batches.steps - 5
+    assert all(torch.equal(again[0][name], plain[5][name]) for name in again[0])
     first, later = batches[(0, 0)], batches[(1, 0)]
     assert not all(np.array_equal(first[name], later[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", [PackedBatches, PairBatches])
+def test_a_spawned_worker_gets_the_path_not_the_data(kind: type, dataset: Dataset) -> None:
+    batches = kind(dataset, size=7, seed=3, length=6)
+    sent = pickle.dumps(batches)
+    assert len(sent) < 1000
+    made, expected = pickle.loads(sent)[(1, 2)], batches[(1, 2)]  # noqa: S301 (our own bytes)
+    assert all(torch.equal(made[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("kind", [PackedBatches, PairBatches])

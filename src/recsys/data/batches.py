@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,13 +25,25 @@ class Batches(TorchDataset[dict[str, Tensor]]):
 
     def __init__(self, dataset: Dataset, size: int, seed: int, length: int) -> None:
         self.dataset, self.size, self.seed, self.length = dataset, size, seed, length
-        self.users, self.ends = self.examples()
+        self._derive()
         if not len(self.users):
             raise InputError(
                 f"{dataset.path}: no user has two events to train on; prepare more events, or "
                 "lower data.min_item_events and data.min_user_events"
             )
-        self.order = lru_cache(maxsize=2)(self._order)
+
+    def _derive(self) -> None:
+        self.users, self.ends = self.examples()
+        self.order = lru_cache(maxsize=1)(self._order)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a spawned worker derives again from the memory-mapped dataset."""
+        derived = ("users", "ends", "order")
+        return {name: value for name, value in vars(self).items() if name not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._derive()
 
     def examples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return each training example's user row and the place in the trajectory where it ends."""
@@ -55,32 +67,39 @@ class Batches(TorchDataset[dict[str, Tensor]]):
     def _order(self, epoch: int) -> NDArray[np.int64]:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.users))
 
-    def loader(self, workers: int = 0) -> DataLoader[dict[str, Tensor]]:
+    def loader(
+        self, workers: int = 0, sampler: Steps | None = None
+    ) -> DataLoader[dict[str, Tensor]]:
         """Return the loader of one epoch after another; Lightning tells its sampler which."""
         return DataLoader(
             self,
             batch_size=None,
-            sampler=Steps(self.steps),
+            sampler=sampler or Steps(self.steps),
             num_workers=workers,
             persistent_workers=workers > 0,
         )
 
 
 class Steps(Sampler[Step]):
-    """Yields (epoch, step) in order; the shuffling is in the batches."""
+    """Yields (epoch, step) in order, from `first` on; the shuffling is in the batches.
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.epoch = steps, 0
+    A resumed training sets `epoch` and `first` before the loader's workers start to read ahead.
+    """
+
+    def __init__(self, steps: int, first: int = 0) -> None:
+        self.steps, self.epoch, self.first = steps, 0, first
 
     def set_epoch(self, epoch: int) -> None:
-        """Name the epoch that the next iteration yields."""
-        self.epoch = epoch
+        """Name the epoch that the next iteration yields; a new one begins at its first step."""
+        if epoch != self.epoch:
+            self.epoch, self.first = epoch, 0
 
     def __len__(self) -> int:
+        """All steps of an epoch, as Lightning counts them, wherever the iteration begins."""
         return self.steps
 
     def __iter__(self) -> Iterator[Step]:
-        return ((self.epoch, step) for step in range(self.steps))
+        return ((self.epoch, step) for step in range(self.first, self.steps))
 
 
 class PackedBatches(Batches):

@@ -48,6 +48,10 @@ class Dataset:
         self.events = arrays
         self.offsets = self._array("offsets")
 
+    def __reduce__(self) -> tuple[type[Dataset], tuple[Path]]:
+        """Pickle the path alone: a worker maps the same files."""
+        return Dataset, (self.path,)
+
     def _array(self, name: str) -> NDArray[Any]:
         file = self.path / "events" / f"{name}.npy"
         if not file.is_file():

@@ -21,6 +21,7 @@ from recsys.data.dataset import Dataset
 from recsys.evaluation.protocol import evaluate
 from recsys.evaluation.scorers import ModelScorer
 from recsys.schema import InputError
+from recsys.training.checkpoints import Bookmark
 from recsys.training.memory import peak_memory_gib
 
 MONITOR = "validation/ndcg@10"
@@ -107,7 +108,9 @@ def averaged(decay: float | None) -> EMAWeightAveraging | None:
     return EMAWeightAveraging(use_buffers=False, decay=decay**every, update_every_n_steps=every)
 
 
-def callbacks(folder: Path, ranking: FullRanking, patience: int | None) -> list[Callback]:
+def callbacks(
+    folder: Path, ranking: FullRanking, bookmark: Bookmark, patience: int | None
+) -> list[Callback]:
     """Return validation, checkpoints (best and last), early stopping and a bar on a terminal."""
     checkpoint = ModelCheckpoint(
         dirpath=folder,
@@ -118,7 +121,7 @@ def callbacks(folder: Path, ranking: FullRanking, patience: int | None) -> list[
         enable_version_counter=False,
         save_on_train_epoch_end=True,
     )
-    wanted: list[Callback] = [ranking, checkpoint]
+    wanted: list[Callback] = [ranking, bookmark, checkpoint]
     if ranking.averaging:
         wanted.insert(0, ranking.averaging)
     if patience:

@@ -56,6 +56,8 @@ class RetrieverModule(pl.LightningModule):
     Randomness is a function of (seed, step), so a resumed run draws what an uninterrupted one does.
     """
 
+    total_loss: Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -80,6 +82,7 @@ class RetrieverModule(pl.LightningModule):
             again_PD, _ = self.model.training_pairs(batch)  # type: ignore[operator]
             loss = loss + self.objective.contrastive * contrastive(query_PD, again_PD, target_P)
         self.count(loss, len(target_P))
+        self.log("train/step_loss", loss)
         self.log("positions/s", self.rate, prog_bar=True, logger=False)
         return loss
 
@@ -105,12 +108,28 @@ class RetrieverModule(pl.LightningModule):
     def count(self, loss: Tensor, positions: int) -> None:
         """Add a step to the epoch's figures."""
         self.positions += positions
-        self.total_loss += loss.detach().double() * positions
+        self.total_loss = self.total_loss + loss.detach().double() * positions
 
     def on_train_epoch_start(self) -> None:
         """Start counting."""
-        self.started, self.positions = time.perf_counter(), 0
-        self.total_loss = torch.zeros((), device=self.device, dtype=torch.float64)
+        self.go_on(positions=0, total_loss=0.0, seconds=0.0)
+
+    def go_on(self, positions: int, total_loss: float, seconds: float) -> None:
+        """Count on from an epoch's figures so far; the first loss brings its device."""
+        self.positions, self.started = positions, time.perf_counter() - seconds
+        self.total_loss = torch.tensor(total_loss, dtype=torch.float64)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the epoch's figures so far."""
+        checkpoint["epoch_so_far"] = {
+            "positions": self.positions,
+            "total_loss": float(self.total_loss),
+            "seconds": time.perf_counter() - self.started,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the epoch's figures up again; the time since that checkpoint is not counted."""
+        self.go_on(**checkpoint["epoch_so_far"])
 
     def on_train_batch_start(self, batch: dict[str, Tensor], step: int) -> None:
         """Seed this step's dropout and negatives."""

@@ -37,7 +37,7 @@ class Tracker(Protocol):
 
 
 class CsvTracker:
-    """Figures an epoch into `csv/version_N/metrics.csv` of the run directory, N up a resume."""
+    """Figures into `csv/version_N/metrics.csv` of the run directory, N up a resume."""
 
     run_id = None
 

@@ -19,11 +19,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from recsys.artifacts import MANIFEST, Workspace, write_json, write_manifest
-from recsys.data.batches import Batches
+from recsys.data.batches import Batches, Steps
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset
 from recsys.schema import InputError
 from recsys.training.callbacks import FullRanking, averaged, callbacks
+from recsys.training.checkpoints import Bookmark, WholeCheckpoints
 from recsys.training.memory import keep_large_buffers
 from recsys.training.module import Objective, RetrieverModule
 from recsys.training.runs import BEST, LAST, build_model, dataset_of, load_run, read_config
@@ -65,7 +66,7 @@ def train(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Trained
 
 
 def resume(folder: Path, workspace: Workspace) -> Trained:
-    """Go on with an interrupted run from its last completed checkpoint, in the same MLflow run."""
+    """Go on with an interrupted run, in the same MLflow run, at the batch after its checkpoint."""
     config = read_config(folder)
     if (folder / MANIFEST).is_file():
         raise InputError(f"run {folder.name} is finished; evaluate it: recsys evaluate {folder}")
@@ -153,15 +154,17 @@ def _fit(
 ) -> None:
     keep_large_buffers()
     _quiet()
+    sampler, last = Steps(batches.steps), folder / LAST
+    bookmark = Bookmark(sampler, last, **config.checkpoint_every)
     trainer = instantiate(
         config.trainer,
         logger=tracker.logger,
-        callbacks=callbacks((folder / LAST).parent, ranking, config.patience),
+        callbacks=callbacks(last.parent, ranking, bookmark, config.patience),
+        plugins=[WholeCheckpoints()],
         default_root_dir=folder,
         enable_progress_bar=sys.stderr.isatty(),
     )
-    last = folder / LAST
-    loader = batches.loader(config.workers)
+    loader = batches.loader(config.workers, sampler)
     path = last if last.is_file() else None
     trainer.fit(module, train_dataloaders=loader, ckpt_path=path, weights_only=True)
 

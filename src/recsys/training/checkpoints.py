@@ -1,0 +1,79 @@
+"""Checkpoints within an epoch: the loader's place, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from recsys.data.batches import Steps
+
+
+class Bookmark(Callback):
+    """Keeps the loader's place in every checkpoint, and writes one within an epoch now and then.
+
+    The place is after the batches trained on, whatever the loader's workers have read ahead. A
+    checkpoint is due `minutes` after the epoch's start or the last one, and every `steps`.
+    """
+
+    def __init__(
+        self, sampler: Steps, file: Path, minutes: float | None = None, steps: int | None = None
+    ) -> None:
+        self.sampler, self.file, self.minutes, self.steps = sampler, file, minutes, steps
+        self.place, self.since = (0, 0), time.monotonic()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Count the minutes anew: the epoch before ended with a checkpoint."""
+        self.since = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, step: int
+    ) -> None:
+        """Move on by a batch; the last one is left to the checkpoint after the validation."""
+        epoch = trainer.current_epoch
+        self.place = (epoch + 1, 0) if trainer.is_last_batch else (epoch, step + 1)
+        if not trainer.is_last_batch and self.due(trainer, step):
+            trainer.save_checkpoint(self.file)
+            self.since = time.monotonic()
+
+    def due(self, trainer: pl.Trainer, step: int) -> bool:
+        """Whether to write now; never while gradients of several batches are being added up."""
+        if (step + 1) % trainer.accumulate_grad_batches:
+            return False
+        if self.steps and trainer.global_step % self.steps == 0:
+            return True
+        late = self.minutes is not None and time.monotonic() - self.since >= 60 * self.minutes
+        return trainer.strategy.broadcast(late)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the next batch to train on."""
+        return {"place": self.place}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the loader begin there."""
+        self.sampler.epoch, self.sampler.first = state_dict["place"]
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Replaces a checkpoint in one go, so that a kill while writing leaves the one before.
+
+    Lightning's own writing copies from the system's temporary folder where that is another disk.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write beside `path`, then rename."""
+        scratch = Path(path).with_name(".unfinished")
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
