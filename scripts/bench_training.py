@@ -72,9 +72,15 @@ def side_by_side(given: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
             rows.append(finished(data.name, side, loss, measure, sequences, given.minutes > 0))
             write(out / "training.json", {"machine": machine(given), "rows": rows})
         console.print(report.training_table(rows, data.name))
-    console.print(report.overhead_line(rows))
+    said(report.overhead_line(rows), report.reasons(rows))
     report.quality_picture(rows, out / "training.png")
     return rows
+
+
+def said(*texts: str) -> None:
+    for text in texts:
+        if text:
+            console.print(text, markup=False, highlight=False)
 
 
 def measures(
@@ -120,6 +126,7 @@ def settings_of(given: argparse.Namespace, data: Data, out: Path) -> Settings:
         points=given.points if given.minutes else 1,
         threads=given.threads,
         seed=given.seed,
+        ours=tuple(given.ours),
     )
 
 
@@ -211,6 +218,7 @@ def scale(given: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
         rows.append(scale_row(point, rows, given))
         write(out / "scale.json", {"machine": machine(given), "rows": rows})
     console.print(report.scale_table(rows))
+    said(report.reasons(rows))
     report.scale_picture(rows, out / "scale.png")
     return rows
 
@@ -246,7 +254,7 @@ def scale_row(
     )
     if answer.returncode:
         said = answer.stderr.strip().splitlines() or ["killed, most likely for its memory"]
-        return {**point, "error": f"exit {answer.returncode}: {said[-1]}"}
+        return {**point, "expected": seconds, "error": f"exit {answer.returncode}: {said[-1]}"}
     return {**point, **json.loads(answer.stdout.splitlines()[-1])}
 
 
@@ -271,6 +279,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--datasets", nargs="+", default=names, choices=names)
     parser.add_argument("--sides", nargs="+", default=sides, choices=sides)
     parser.add_argument("--losses", nargs="+", default=losses, choices=losses)
+    parser.add_argument("--ours", nargs="+", default=[], help="more settings of recsys train")
     parser.add_argument("--seconds", type=float, default=60, help="of training each, at least")
     parser.add_argument("--minutes", type=float, default=6, help="before quality; 0: no quality")
     parser.add_argument("--points", type=int, default=6, help="of quality along those minutes")

@@ -46,6 +46,7 @@ class Settings:
     negatives: int = 256
     threads: int = 2
     seed: int = 1
+    ours: tuple[str, ...] = ()
 
     @classmethod
     def given(cls) -> Settings:

@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from protocol import TOP, Ints, Sequences
+from omegaconf import DictConfig, OmegaConf
+from protocol import TOP, Ints, Sequences, Settings
 
 from recsys.data.dataset import Dataset
 from recsys.evaluation.protocol import requests
 from recsys.evaluation.scorers import EvaluationBatch, ModelScorer
 from recsys.history import Histories
 from recsys.training.runs import build_model, dataset_of, load_weights, read_config
+from recsys.training.tracking import flatten
 
 BATCH = 512
+SIZES = ("max_length", "dim", "layers", "heads", "feedforward")
 
 
 def seconds_of(checkpoint: Path) -> float:
@@ -70,12 +73,24 @@ def point(checkpoint: Path, model: torch.nn.Module, dataset: Dataset, sequences:
     return {"seconds": seconds_of(checkpoint), "rank_seconds": spent, "lists": str(file)}
 
 
+def check_sizes(config: DictConfig, settings: Settings) -> None:
+    """Refuse a run whose model has other sizes than the other libraries were given."""
+    flat = flatten(OmegaConf.to_container(config.model))
+    sizes = {name.rsplit("/", 1)[-1]: value for name, value in flat.items()}
+    for name in SIZES:
+        wanted = getattr(settings, name.removeprefix("max_"))
+        if sizes[name] != wanted:
+            raise SystemExit(f"the run has {name} {sizes[name]}, but the benchmark {wanted}")
+
+
 def main() -> None:
     given = json.loads(sys.argv[1])
-    torch.set_num_threads(given["threads"])
-    run, sequences = Path(given["run"]), Sequences.load(given["data"])
+    run, settings = Path(given["run"]), Settings(**given["settings"])
+    torch.set_num_threads(settings.threads)
+    config, sequences = read_config(run), Sequences.load(settings.data)
+    check_sizes(config, settings)
     dataset = dataset_of(json.loads((run / "manifest.json").read_text())["dataset"])
-    model = build_model(read_config(run), dataset)
+    model = build_model(config, dataset)
     points = [point(Path(file), model, dataset, sequences) for file in given["checkpoints"]]
     print(json.dumps({"points": points}))
 

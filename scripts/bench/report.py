@@ -29,8 +29,8 @@ def ours_beside(row: Row, rows: Iterable[Row]) -> float | None:
 def training_table(rows: list[Row], dataset: str) -> Table:
     """Return one dataset's table; an epoch that was extrapolated has a tilde."""
     table = Table(title=f"{dataset}: training side by side", box=box.SIMPLE, title_justify="left")
-    table.add_column("side")
-    table.add_column("loss")
+    table.add_column("side", no_wrap=True)
+    table.add_column("loss", no_wrap=True)
     for name in ("positions/s", "ours is", "epoch s", "epochs", "peak GiB", "ranking s"):
         table.add_column(name, justify="right")
     for name in ("minutes", "R@10", "NDCG@10"):
@@ -42,7 +42,7 @@ def training_table(rows: list[Row], dataset: str) -> Table:
 
 def cells(row: Row, rows: list[Row]) -> list[str]:
     if "error" in row:
-        return [f"[red]{row['error'][:200]}[/red]"]
+        return ["none"]
     times = ours_beside(row, rows)
     about = "~" if row.get("epochs", 1) < 1 else ""
     return [
@@ -60,6 +60,21 @@ def cells(row: Row, rows: list[Row]) -> list[str]:
 
 def shown(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def reasons(rows: list[Row]) -> str:
+    """Return why some rows have no figures, a line each."""
+    names = ("dataset", "side", "loss", "items", "length")
+    return "\n".join(
+        " ".join(
+            f"{row[name]:,}" if isinstance(row[name], int) else row[name]
+            for name in names
+            if name in row
+        )
+        + f": no figures: {row['error']}"
+        for row in rows
+        if "error" in row
+    )
 
 
 def overhead_line(rows: list[Row]) -> str:
@@ -103,7 +118,7 @@ def scale_table(rows: list[Row]) -> Table:
         table.add_column(name, justify="right")
     for row in rows:
         sizes = [f"{row[name]:,}" for name in ("items", "length", "rows")]
-        figures = [f"[red]{row['error'][:200]}[/red]"] if "error" in row else scale_cells(row)
+        figures = ["none"] if "error" in row else scale_cells(row)
         table.add_row(row["loss"].removesuffix("_softmax"), *sizes, *figures)
     return table
 

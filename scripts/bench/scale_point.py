@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from functools import partial
 from time import perf_counter
 
 import numpy as np
 import torch
+from hydra.utils import instantiate
 from protocol import peak_memory_gib
 from torch import Tensor
 
 from recsys.data.catalogue import Catalogue
 from recsys.history import Histories, pack
-from recsys.losses import ItemSide, full_softmax, sampled_softmax
-from recsys.models import Trajectory
+from recsys.launch import configure
+from recsys.losses import ItemSide
 from recsys.training.memory import keep_large_buffers
-
-LOSSES = {"full_softmax": full_softmax, "sampled_softmax": partial(sampled_softmax, negatives=256)}
 
 
 def batches(items: int, length: int, rows: int, steps: int) -> list[dict[str, Tensor]]:
@@ -29,7 +27,9 @@ def batches(items: int, length: int, rows: int, steps: int) -> list[dict[str, Te
     made = []
     for _ in range(steps):
         drawn = rng.integers(1, items + 1, size)
-        arrays = pack(Histories(drawn, np.ones(size, np.int8), np.zeros(size), offsets), length)
+        arrays = pack(
+            Histories(drawn, np.ones(size, np.int8), np.zeros(size, np.int64), offsets), length
+        )
         made.append({name: torch.from_numpy(array) for name, array in arrays.items()})
     return made
 
@@ -39,11 +39,12 @@ class Trainer:
 
     def __init__(self, items: int, length: int, loss: str) -> None:
         counts = np.concatenate([[0], np.ones(items, np.int64)])
-        self.model = Trajectory(Catalogue(items, 1, counts), max_length=length)
+        config = configure([f"loss={loss}", f"model.max_length={length}"])
+        self.model = instantiate(config.model, catalogue=Catalogue(items, 1, counts))
         share = torch.from_numpy(counts).float() / items
         self.side = ItemSide(self.model.item_vectors, self.model.vectors_of, share)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
-        self.loss = LOSSES[loss]
+        self.loss = instantiate(config.loss)
+        self.optimizer = instantiate(config.optimizer)(self.model.parameters())
 
     def step(self, batch: dict[str, Tensor]) -> float:
         """Train on one batch; return the seconds it took."""
