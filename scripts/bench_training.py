@@ -212,7 +212,7 @@ def write(file: Path, value: Any) -> None:
 def scale(given: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
     """Measure a step along both curves, each point in a process of its own."""
     rows: list[dict[str, Any]] = []
-    for point in scale_points():
+    for point in scale_points(given):
         asked = f"{point['loss']}, {point['items']:,} items, length {point['length']:,}"
         console.print(f"{datetime.now():%H:%M:%S} {asked}")
         rows.append(scale_row(point, rows, given))
@@ -223,12 +223,12 @@ def scale(given: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def scale_points() -> Iterator[dict[str, Any]]:
+def scale_points(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for loss in ("sampled_softmax", "full_softmax"):
-        for items in CATALOGUES:
+        for items in given.catalogues:
             sizes = {"items": items, "length": 50, "rows": STEP_POSITIONS // 50}
             yield {"curve": "items", "loss": loss, **sizes}
-    for length in LENGTHS:
+    for length in given.lengths:
         sizes = {"items": 10_000, "length": length, "rows": round(STEP_POSITIONS / length)}
         yield {"curve": "length", "loss": "sampled_softmax", **sizes}
 
@@ -289,6 +289,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--envs", default="workspace/bench-envs", help="of the other libraries")
     parser.add_argument("--torch", default="torch==2.13.0", help="for every environment")
     parser.add_argument("--scale", action="store_true", help="the cost curves instead")
+    parser.add_argument("--catalogues", type=int, nargs="+", default=CATALOGUES, help="--scale")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="--scale")
     parser.add_argument("--steps", type=int, default=5, help="a point of the cost curves")
     parser.add_argument("--affordable", type=float, default=60, help="seconds a step, --scale")
     return parser.parse_args()
