@@ -12,6 +12,7 @@ from rich.table import Table
 Row = dict[str, Any]
 OURS = "recsys train"
 BARE = "bare loop"
+AXES = {"seconds_a_step": "seconds a step", "peak_memory_gib": "peak memory, GiB"}
 
 
 def ours_beside(row: Row, rows: Iterable[Row]) -> float | None:
@@ -31,7 +32,7 @@ def training_table(rows: list[Row], dataset: str) -> Table:
     table = Table(title=f"{dataset}: training side by side", box=box.SIMPLE, title_justify="left")
     table.add_column("side", no_wrap=True)
     table.add_column("loss", no_wrap=True)
-    for name in ("positions/s", "ours is", "epoch s", "epochs", "peak GiB", "ranking s"):
+    for name in ("positions/s", "ours is", "epoch s", "epochs", "GiB", "ranking s"):
         table.add_column(name, justify="right")
     for name in ("minutes", "R@10", "NDCG@10"):
         table.add_column(name, justify="right")
@@ -138,8 +139,14 @@ def scale_picture(rows: list[Row], file: Path) -> Path | None:
     for panel, (x, y) in zip(panels, wanted, strict=True):
         for loss in dict.fromkeys(row["loss"] for row in good):
             some = [row for row in good if (row["curve"], row["loss"]) == (x, loss)]
-            panel.plot([r[x] for r in some], [r[y] for r in some], marker="o", label=loss)
-        panel.set(xlabel=x, ylabel=y.replace("_", " "), xscale="log", yscale="log")
+            if some:
+                panel.plot([r[x] for r in some], [r[y] for r in some], marker="o", label=loss)
+        panel.set(
+            xlabel="items" if x == "items" else "history length",
+            ylabel=AXES[y],
+            xscale="log",
+            yscale="log",
+        )
         panel.legend(fontsize=7)
     return saved(figure, file)
 
