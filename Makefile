@@ -6,10 +6,10 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test lint gates bench clean
+.PHONY: help install demo test lint gates bench bench-training clean
 
 help:  ## Show what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
 install: $(READY)  ## Create the environment and install everything
 
@@ -38,6 +38,10 @@ gates: $(READY)  ## Real data, hours: accuracy over seeds, speed, latency
 bench: $(READY)  ## Speed, side by side in one run
 	$(BIN)/python scripts/bench_prepare.py
 	$(BIN)/python scripts/bench_serving.py
+
+bench-training: $(READY)  ## Two hours and more: training beside three libraries, then the cost curves
+	$(BIN)/python scripts/bench_training.py
+	$(BIN)/python scripts/bench_training.py --scale
 
 clean:  ## Remove the environment and results of builds, not the workspace
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,81 @@
+"""What the sides of bench_training.py share: split, clock and quality, with known answers."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path.append(str(SCRIPTS))
+
+from bench.protocol import Meter, Sequences, Settings, quality  # noqa: E402
+from bench.report import ours_beside  # noqa: E402
+
+
+@pytest.fixture
+def sequences(tmp_path: Path) -> Sequences:
+    file = tmp_path / "log.txt"
+    file.write_text("ann a b c d\nbob b\ncid c a d\n")
+    return Sequences.read(file, has_users=True)
+
+
+def test_leave_one_out(sequences: Sequences) -> None:
+    assert sequences.num_items == 4
+    assert [part.tolist() for part in sequences.lists(held=2)] == [[1, 2], [2], [3]]
+    assert sequences.flat(held=1)["items"].tolist() == [1, 2, 3, 2, 3, 1]
+    assert sequences.tested.tolist() == [0, 2]
+    assert sequences.targets.tolist() == [4, 4]
+
+
+def test_positions_are_targets_with_an_earlier_event(sequences: Sequences) -> None:
+    assert sequences.positions() == 1
+    longer = Sequences(np.arange(9), np.array([0, 9]), np.array(["u"]), np.arange(9).astype(str))
+    assert (longer.positions(), longer.positions(longest=4)) == (6, 4)
+
+
+def test_lines_of_items_only_and_saved_again(tmp_path: Path) -> None:
+    file = tmp_path / "log.txt.gz"
+    file.write_bytes(gzip.compress(b"7 8\n\n8 9 7\n"))
+    read = Sequences.read(file, has_users=False)
+    assert read.user_ids.tolist() == ["1", "3"]
+    read.save(tmp_path / "log.npz")
+    again = Sequences.load(str(tmp_path / "log.npz"))
+    assert again.items.tolist() == read.items.tolist() == [1, 2, 2, 3, 1]
+
+
+def test_quality_by_hand() -> None:
+    lists = np.array([[5, 6, 7], [1, 2, 3], [1, 2, 3], [0, 0, 0]])
+    found = quality(lists, np.array([5, 3, 9, 4]))
+    assert found == pytest.approx({"recall": 2 / 4, "ndcg": (1 + 1 / 2) / 4})
+
+
+def test_meter_stops_its_clock_while_it_ranks(tmp_path: Path) -> None:
+    moment = 0.0
+
+    def rank() -> np.ndarray:
+        nonlocal moment
+        moment += 100
+        return np.zeros((1, 10), np.int64)
+
+    settings = Settings("", str(tmp_path), length=5, dropout=0.0, seconds=4, points=2)
+    meter = Meter(settings, rank, now=lambda: moment)
+    goes_on = True
+    while goes_on:
+        moment += 1
+        goes_on = meter.step(50)
+    result = meter.result(epoch_positions=1000)
+    assert [point["seconds"] for point in result["points"]] == [2, 4]
+    assert result["positions_per_second"] == 50  # without the first step, which warms up
+    assert (result["epochs"], result["epoch_seconds"], result["rank_seconds"]) == (0.2, 20, 100)
+
+
+def test_ratio_is_ours_over_theirs_with_the_same_loss() -> None:
+    row = {"dataset": "d", "side": "recsys train", "loss": "full", "positions_per_second": 30.0}
+    other = {**row, "side": "other", "positions_per_second": 10.0}
+    assert ours_beside(other, [row, other]) == 3
+    assert ours_beside({**other, "loss": "sampled"}, [row, other]) is None
+    assert ours_beside({**other, "error": "not installed"}, [row, other]) is None
