@@ -130,13 +130,21 @@ def encode(
     return _grids(kept, shape, at) | asked | request_context(last, now)
 
 
-def pack(histories: Histories, row_length: int) -> Arrays:
-    """Lay many training histories into few rows, each position with the event that follows it.
+def pack(
+    histories: Histories,
+    row_length: int,
+    horizon: int = 1,
+    rng: np.random.Generator | None = None,
+) -> Arrays:
+    """Lay many training histories into few rows, each position with an event that follows it.
+
+    With a `horizon` above 1 the target is drawn (by `rng`) among the next so many events, else it
+    is the next one (dense all-action targets: Pancha et al. 2022, PinnerFormer, section 3.3).
 
     A history of n events gives n - 1 positions (at most `row_length`). Returns int64 [R, L] arrays:
     `items`, `types`, `gaps`, `times` as in `encode`; `positions` (0 at each history's start),
     `segments` (1, 2, … within a row, 0 where empty); `targets`, `target_types` (0 where empty);
-    and the request context at the moment of the target.
+    and the request context at the moment of the next event.
 
     >>> h = Histories.of([(np.array([5, 6, 7]), np.ones(3, int), np.arange(3) * 1000)] * 2)
     >>> pack(h, 4)["targets"]
@@ -149,13 +157,17 @@ def pack(histories: Histories, row_length: int) -> Arrays:
     following = _without(whole, oldest)
     rows, starts, segments = _first_fit(inputs.lengths, row_length)
     places = _places(inputs)
+    target = np.arange(len(places))
+    if horizon > 1 and rng is not None:
+        left = np.repeat(inputs.lengths, inputs.lengths) - places
+        target += (rng.random(len(places)) * np.minimum(left, horizon)).astype(np.int64)
     shape = (int(rows.max(initial=0)) + 1, row_length)
     at = (np.repeat(rows, inputs.lengths), np.repeat(starts, inputs.lengths) + places)
     flat = {
         "positions": places,
         "segments": np.repeat(segments, inputs.lengths),
-        "targets": following.items,
-        "target_types": following.types,
+        "targets": following.items[target],
+        "target_types": following.types[target],
     } | request_context(inputs.times, following.times)
     return _grids(inputs, shape, at) | {n: _scatter(shape, at, v) for n, v in flat.items()}
 

@@ -49,8 +49,10 @@ class Batches(TorchDataset[dict[str, Tensor]]):
         """Return each training example's user row and the place in the trajectory where it ends."""
         raise NotImplementedError
 
-    def collate(self, users: NDArray[np.int64], ends: NDArray[np.int64]) -> dict[str, NDArray]:
-        """Return the arrays of one batch."""
+    def collate(
+        self, users: NDArray[np.int64], ends: NDArray[np.int64], rng: np.random.Generator
+    ) -> dict[str, NDArray]:
+        """Return the arrays of one batch; what is drawn for it comes from `rng` alone."""
         raise NotImplementedError
 
     @property
@@ -61,7 +63,8 @@ class Batches(TorchDataset[dict[str, Tensor]]):
     def __getitem__(self, index: Step) -> dict[str, Tensor]:
         epoch, step = index
         rows = self.order(epoch)[step * self.size : (step + 1) * self.size]
-        arrays = self.collate(self.users[rows], self.ends[rows])
+        rng = np.random.default_rng([self.seed, epoch, step])
+        arrays = self.collate(self.users[rows], self.ends[rows], rng)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
@@ -106,6 +109,7 @@ class PackedBatches(Batches):
     """`size` histories a batch, packed into few rows; every event after the first is a target.
 
     `windows`: `last` trains on each user's newest `length` positions, `all` on every position.
+    `horizon`: each target is drawn among the next so many events; 1 is the next one.
     """
 
     layout = "packed"
@@ -117,8 +121,11 @@ class PackedBatches(Batches):
         seed: int,
         length: int,
         windows: Literal["last", "all"] = "all",
+        horizon: int = 1,
     ) -> None:
-        self.windows = windows
+        if horizon < 1:
+            raise InputError(f"batches.horizon={horizon}: expected 1 (the next event) or more")
+        self.windows, self.horizon = windows, horizon
         super().__init__(dataset, size, seed, length)
 
     def examples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -130,9 +137,12 @@ class PackedBatches(Batches):
         back = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return np.repeat(users, counts), np.repeat(ends, counts) - back * self.length
 
-    def collate(self, users: NDArray[np.int64], ends: NDArray[np.int64]) -> dict[str, NDArray]:
+    def collate(
+        self, users: NDArray[np.int64], ends: NDArray[np.int64], rng: np.random.Generator
+    ) -> dict[str, NDArray]:
         """Return packed rows, see `history.pack`."""
-        return dict(pack(self.dataset.histories(users, ends, self.length + 1), self.length))
+        histories = self.dataset.histories(users, ends, self.length + 1)
+        return dict(pack(histories, self.length, self.horizon, rng))
 
 
 class PairBatches(Batches):
@@ -146,10 +156,15 @@ class PairBatches(Batches):
         users = np.repeat(np.arange(len(counts)), counts)
         return users, np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + 1
 
-    def collate(self, users: NDArray[np.int64], ends: NDArray[np.int64]) -> dict[str, NDArray]:
-        """Return right-padded histories, `users` (row + 1) and `targets`."""
+    def collate(
+        self, users: NDArray[np.int64], ends: NDArray[np.int64], rng: np.random.Generator
+    ) -> dict[str, NDArray]:
+        """Return right-padded histories, `users` (row + 1), `targets` and `target_types`."""
         places = self.dataset.offsets[users] + ends
         now = np.asarray(self.dataset.events["times"][places])
-        targets = np.asarray(self.dataset.events["items"][places], np.int64)
+        targets, types = (
+            np.asarray(self.dataset.events[name][places], np.int64) for name in ("items", "types")
+        )
         histories = self.dataset.histories(users, ends, self.length)
-        return encode(histories, self.length, now) | {"users": users + 1, "targets": targets}
+        asked = {"users": users + 1, "targets": targets, "target_types": types}
+        return encode(histories, self.length, now) | asked
