@@ -56,9 +56,10 @@ class AlternatingBatches(PackedBatches):
         length: int,
         windows: str,
         run: str,
+        horizon: int = 1,
         block: int = 5,
     ) -> None:
-        super().__init__(dataset, size, seed, length, windows)  # type: ignore[arg-type]
+        super().__init__(dataset, size, seed, length, windows, horizon)  # type: ignore[arg-type]
         self.run, self.block, self.began = Path(run), block, 0.0
 
     @cached_property

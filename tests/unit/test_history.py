@@ -105,3 +105,14 @@ def test_empty_history_is_one_padded_place() -> None:
 def test_a_clock_set_back_is_a_gap_of_nothing(gap: int) -> None:
     now = np.array([10**12])
     assert request_context(now - gap, now)["request_gap"].tolist() == [1]
+
+
+def test_a_horizon_draws_each_target_from_the_events_to_come() -> None:
+    items = np.arange(1, 8)
+    history = Histories.of([(items, np.ones(7, int), np.arange(7) * 1000)] * 50)
+    packed = pack(history, 60, 3, np.random.default_rng(0))
+    ahead = (packed["targets"] - packed["items"])[packed["segments"] > 0]
+    left = (7 - packed["items"])[packed["segments"] > 0]
+    assert set(ahead[left >= 3].tolist()) == {1, 2, 3}
+    assert (ahead <= np.minimum(left, 3)).all() and (ahead >= 1).all()
+    assert np.array_equal(packed["request_gap"], pack(history, 60)["request_gap"])

@@ -92,3 +92,65 @@ def test_gbce_without_calibration_is_bce() -> None:
     assert losses.gbce(query, target, items, negatives=3, calibration=0.0) == plain
     torch.manual_seed(1)
     assert losses.gbce(query, target, items, negatives=3, calibration=1.0) < plain
+
+
+WEIGHABLE = {
+    "full_softmax": losses.full_softmax,
+    "sampled_softmax": losses.sampled_softmax,
+    "in_batch_softmax": losses.in_batch_softmax,
+    "bce": losses.bce,
+    "gbce": losses.gbce,
+}
+
+
+@pytest.mark.parametrize("name", ["full_softmax", "gbce"])
+def test_weights_are_a_weighted_mean(name: str) -> None:
+    torch.manual_seed(0)
+    query, vectors = torch.randn(4, 8, dtype=torch.float64), torch.randn(21, 8, dtype=torch.float64)
+    target, weight = torch.randint(1, 21, (4,)), torch.tensor([2.0, 0.0, 1.5, 0.5]).double()
+    single = []
+    for row in range(4):
+        torch.manual_seed(7)
+        loss = WEIGHABLE[name](query[row : row + 1], target[row : row + 1], side(vectors))
+        single.append(loss.item())
+    torch.manual_seed(7)
+    weighted = WEIGHABLE[name](query, target, side(vectors), weight_P=weight)
+    expected = sum(w * s for w, s in zip(weight.tolist(), single, strict=True)) / 4
+    assert weighted.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", WEIGHABLE)
+def test_no_weight_no_gradient(name: str) -> None:
+    torch.manual_seed(0)
+    query, vectors = torch.randn(6, 8, requires_grad=True), torch.randn(21, 8)
+    weight = torch.tensor([1.0, 0.0, 1.0, 0.0, 2.0, 2.0])
+    loss = WEIGHABLE[name](query, torch.arange(1, 7), side(vectors), weight_P=weight)
+    (gradient,) = torch.autograd.grad(loss, query)
+    assert (gradient.norm(dim=1) > 0).tolist() == (weight > 0).tolist()
+
+
+def test_contrastive_a_table() -> None:
+    # Three readings; the first two want the same item, so both count as their positives.
+    query, again = torch.eye(3), torch.eye(3)
+    same = -(math.log(math.e / (math.e + 2)) + math.log(1 / (math.e + 2))) / 2
+    alone = -math.log(math.e / (math.e + 2))
+    loss = losses.contrastive(query, again, torch.tensor([5, 5, 9]))
+    assert loss.item() == pytest.approx((2 * same + alone) / 3)
+
+
+def test_bf16_products_stay_near_the_exact_gradient() -> None:
+    torch.manual_seed(0)
+    query, vectors = torch.randn(50, 16, requires_grad=True), torch.randn(201, 16)
+    target = torch.randint(1, 201, (50,))
+    values, gradients = zip(
+        *(
+            (loss.item(), torch.autograd.grad(loss, query)[0])
+            for loss in (
+                losses.full_softmax(query, target, side(vectors), products=products)
+                for products in ("fp32", "bf16")
+            )
+        ),
+        strict=True,
+    )
+    assert values[1] == pytest.approx(values[0], rel=0.002)
+    assert ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item() < 0.02
