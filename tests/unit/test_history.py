@@ -114,5 +114,6 @@ def test_a_horizon_draws_each_target_from_the_events_to_come() -> None:
     ahead = (packed["targets"] - packed["items"])[packed["segments"] > 0]
     left = (7 - packed["items"])[packed["segments"] > 0]
     assert set(ahead[left >= 3].tolist()) == {1, 2, 3}
-    assert (ahead <= np.minimum(left, 3)).all() and (ahead >= 1).all()
+    assert (ahead <= np.minimum(left, 3)).all()
+    assert (ahead >= 1).all()
     assert np.array_equal(packed["request_gap"], pack(history, 60)["request_gap"])

@@ -15,6 +15,7 @@ from recsys.cli import main
 from recsys.data.batches import PackedBatches, PairBatches, Steps
 from recsys.data.dataset import Dataset
 from recsys.schema import InputError
+from recsys.training.module import Objective
 from recsys.training.runs import BEST, load_run
 
 SMALL = "trainer=cpu model.dim=32 optimizer.lr=0.01 patience=null"
@@ -53,6 +54,47 @@ def test_every_loss_learns(loss: str, dataset: Dataset, capsys: pytest.CaptureFi
     )
     result = trained(f"{TRAJECTORY} {more}", capsys)
     assert result["test"]["ndcg@10"] > result["popularity"]["ndcg@10"] + 0.2
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["averaging=0.9", "objective.contrastive=0.1", "batches.horizon=2", "model.interests=2"],
+)
+@pytest.mark.parametrize("layer", ["attention", "filtered"])
+def test_every_setting_learns(
+    setting: str, layer: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = f"{setting} model/layer={layer} logger=csv trainer.max_epochs=20"
+    result = trained(f"{TRAJECTORY} {more}", capsys)
+    assert result["test"]["ndcg@10"] > result["popularity"]["ndcg@10"] + 0.2
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("averaging=1.5", "averaging=1.5: expected a decay between 0 and 1, or null"),
+        ("batches.horizon=0", "batches.horizon=0: expected 1 (the next event) or more"),
+        ("objective.type_weights={buy:2}", "unknown event type 'buy'"),
+        ("objective.type_weights={purchase:-1}", "type_weights.purchase=-1: expected 0 or more"),
+        ("model.layer.width=0 model/layer=filtered", "model.layer.width=0: expected at least 1"),
+        ("model.interests=0", "model.interests=0: expected 1"),
+    ],
+)
+def test_a_setting_out_of_bounds_is_refused(
+    setting: str, problem: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *SMALL.split(), "logger=csv", *setting.split()]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_what_weighs_nothing_is_not_learned() -> None:
+    targets = torch.tensor([[3, 5, 0], [7, 0, 0]])
+    types = torch.tensor([[1, 4, 0], [4, 0, 0]])
+    batch = {"targets": targets, "target_types": types}
+    assert Objective().weights(batch) is None
+    weight_P = Objective(type_weights={"purchase": 4}).weights(batch)
+    assert weight_P is not None
+    assert weight_P.tolist() == pytest.approx([1 / 3, 4 / 3, 4 / 3])
 
 
 def test_mixed_precision_learns(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:

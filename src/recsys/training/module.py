@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -30,10 +30,10 @@ class Objective:
     """
 
     contrastive: float = 0.0
-    type_weights: Mapping[str, float] = field(default_factory=dict)
+    type_weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        for name, weight in self.type_weights.items():
+        for name, weight in (self.type_weights or {}).items():
             type_code(name)
             if weight < 0:
                 raise InputError(f"objective.type_weights.{name}={weight}: expected 0 or more")
