@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from recsys.artifacts import Workspace
 from recsys.data.prepare import prepare
 from recsys.data.shop_stock import DAY, FIRST_DAY, HOUR
-from recsys.data.synthetic import CART, FAVOURITE, PURCHASE, VIEW, Block, SyntheticShop, truth_of
+from recsys.data.synthetic import (
+    CART,
+    DRIFT,
+    FAVOURITE,
+    PURCHASE,
+    VIEW,
+    Block,
+    SyntheticShop,
+    truth_of,
+)
 from recsys.evaluation.protocol import evaluate
 from recsys.history import Histories
 from recsys.schema import InputError
@@ -35,12 +44,27 @@ def without_last(block: Block) -> Histories:
     return Histories(*columns, block.offsets - np.arange(len(block.offsets)))
 
 
-@pytest.fixture(scope="module")
-def asked(block: Block) -> tuple[Histories, NDArray, NDArray, NDArray]:
+Asked = tuple[Histories, NDArray, NDArray, NDArray]
+
+
+def ask(shop: SyntheticShop, block: Block) -> Asked:
     """Histories, what came next (row), when, and how probable the truth finds every item."""
     last = block.offsets[1:] - 1
     histories, now = without_last(block), block.times[last]
-    return histories, block.rows[last], now, SHOP.truth().probabilities(histories, now)
+    return histories, block.rows[last], now, shop.truth().probabilities(histories, now)
+
+
+@pytest.fixture(scope="module")
+def asked(block: Block) -> Asked:
+    return ask(SHOP, block)
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.06, 0.46, 0.9], ids="alternate={}".format)
+def law(request: pytest.FixtureRequest) -> Asked:
+    """As `asked`, in shops where people keep two aisles at once more or less often."""
+    shop = replace(SHOP, alternate=request.param)
+    (block,) = shop.blocks()
+    return ask(shop, block)
 
 
 def ndcg(scores_BN: NDArray, target_B: NDArray) -> float:
@@ -138,6 +162,25 @@ def test_interests_drift_to_neighbours(block: Block) -> None:
     assert np.isin(moved, [1, SHOP.num_aisles - 1]).mean() > 0.6
 
 
+def test_usual_weight_of_the_aisle_before_changes_nothing() -> None:
+    np.testing.assert_array_equal(SHOP.drift, DRIFT)
+    (block,), (same,) = SHOP.blocks(), replace(SHOP, alternate=DRIFT[0, 1]).blocks()
+    for one, other in zip(block, same, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_people_can_keep_two_aisles_at_once() -> None:
+    shop = replace(SHOP, alternate=0.46)
+    (block,) = shop.blocks()
+    np.testing.assert_allclose(shop.drift.sum(1), 1)
+    aisle = shop.stock.aisle[block.rows]
+    same_user = (owners(block)[2:] == owners(block)[:-2]) & (block.kinds[2:] == VIEW)
+    within = same_user & (np.diff(block.times)[1:] < HOUR) & (aisle[1:-1] != aisle[:-2])
+    stays, back = aisle[2:] == aisle[1:-1], aisle[2:] == aisle[:-2]
+    assert stays[within].mean() == pytest.approx(back[within].mean(), abs=0.06)
+    assert (stays | back)[within].mean() > 0.9
+
+
 def test_aisles_have_their_hours(block: Block) -> None:
     """Where people start a visit leans to the aisles whose hour it is."""
     goods = SHOP.stock
@@ -147,20 +190,20 @@ def test_aisles_have_their_hours(block: Block) -> None:
     assert np.log(tilt).mean() > 0.1
 
 
-def test_truth_sums_to_one(asked: tuple) -> None:
-    *_, probability_BN = asked
+def test_truth_sums_to_one(law: Asked) -> None:
+    *_, probability_BN = law
     assert probability_BN.min() >= 0
     np.testing.assert_allclose(probability_BN.sum(1), 1, rtol=1e-9)
 
 
-def test_what_happened_was_possible(asked: tuple) -> None:
-    _, target_B, _, probability_BN = asked
+def test_what_happened_was_possible(law: Asked) -> None:
+    _, target_B, _, probability_BN = law
     assert probability_BN[np.arange(len(target_B)), target_B].min() > 0
 
 
-def test_truth_is_calibrated(asked: tuple) -> None:
+def test_truth_is_calibrated(law: Asked) -> None:
     """Of all items given probability p, a share p came next, in every range of p."""
-    _, target_B, _, probability_BN = asked
+    _, target_B, _, probability_BN = law
     happened = np.zeros_like(probability_BN)
     happened[np.arange(len(target_B)), target_B] = 1
     for low, high in [(0, 0.01), (0.01, 0.05), (0.05, 0.1), (0.1, 0.2), (0.2, 0.5), (0.5, 1.01)]:
@@ -170,7 +213,7 @@ def test_truth_is_calibrated(asked: tuple) -> None:
         assert abs(happened[within].sum() - expected) < 4 * spread + 1, (low, high)
 
 
-def test_truth_beats_what_can_be_counted(asked: tuple) -> None:
+def test_truth_beats_what_can_be_counted(asked: Asked) -> None:
     histories, target_B, _, probability_BN = asked
     items = histories.items - 1
     same = np.diff(np.repeat(np.arange(len(histories)), histories.lengths)) == 0
@@ -186,7 +229,7 @@ def test_truth_beats_what_can_be_counted(asked: tuple) -> None:
     assert 0.4 < best < 0.65
 
 
-def test_truth_is_the_same_for_one_as_for_many(asked: tuple) -> None:
+def test_truth_is_the_same_for_one_as_for_many(asked: Asked) -> None:
     histories, _, now, probability_BN = asked
     for user in (0, 7, 500):
         part = slice(histories.offsets[user], histories.offsets[user + 1])
@@ -195,7 +238,7 @@ def test_truth_is_the_same_for_one_as_for_many(asked: tuple) -> None:
         np.testing.assert_allclose(alone[0], probability_BN[user])
 
 
-def test_truth_counts_items_as_the_dataset_does(asked: tuple) -> None:
+def test_truth_counts_items_as_the_dataset_does(asked: Asked) -> None:
     histories, _, now, probability_BN = asked
     order = np.random.default_rng(0).permutation(SHOP.num_items)
     truth = SHOP.truth([SHOP.stock.item_ids[row] for row in order])
@@ -288,6 +331,7 @@ def test_dataset_knows_its_truth(workspace: Workspace) -> None:
         ({"num_users": 0}, "num_users is 0"),
         ({"num_items": 5, "num_aisles": 9}, "5 items cannot fill 9 aisles"),
         ({"follow": 1.5}, "follow is 1.5"),
+        ({"alternate": 0.95}, "alternate is 0.95; expected 0 to 0.9"),
         ({"seed": -1}, "seed is -1"),
     ],
 )

@@ -7,7 +7,8 @@ One step of a user, drawn in this order, so that each part is known given what c
 2. Otherwise the user leaves (`LEAVE_CHANCE`) and comes back hours or days later, or looks on.
 3. The time passes. A look that leads to an act took longer: its gap says something about what
    follows. Both kinds of gap are log-uniform between powers of two, as `history.gap_bucket` cuts.
-4. An aisle: this one, the one visited before it, or a neighbour of this one (`DRIFT`), tilted by
+4. An aisle: this one, the one visited before it (within a visit with weight `alternate`: near half
+   of the whole, people keep two aisles at once), or a neighbour of this one (`DRIFT`), tilted by
    each aisle's hours and season.
 5. An item of that aisle: where the user has been there lately, with chance `follow` one of the next
    few items along the aisle after the last one seen there (after more than a view: from the far
@@ -69,6 +70,8 @@ DICE = STEP_DICE + USER_DICE
 """What is drawn at each step, and once for each user: each draw has its own number."""
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 EVERYONE = slice(None)
+LIMITS = {"follow": (1.0, 0.45), "alternate": (0.9, 0.06)}
+"""The largest value of each share, and its usual one."""
 SIZES = ("num_users", "num_items", "num_aisles", "events_per_user", "days", "block_events")
 
 
@@ -77,8 +80,9 @@ class SyntheticShop:
     """A source that makes its own events: the same for the same settings, byte for byte.
 
     num_users, num_items, num_aisles: sizes; events_per_user: mean; days: length of the log; follow:
-    chance of going on along an aisle, against picking by popularity; block_events: about how many
-    are in memory at a time, with no effect on what they are.
+    chance of going on along an aisle, against picking by popularity; alternate: weight of the aisle
+    visited before, within a visit (0.46: as likely as this one); block_events: about how many are
+    in memory at a time, with no effect on what they are.
 
     >>> shop = SyntheticShop(num_users=50, num_items=100, num_aisles=5)
     >>> shop.truth().aisle_of("item-000060")
@@ -91,6 +95,7 @@ class SyntheticShop:
     events_per_user: int = 40
     days: int = 90
     follow: float = 0.45
+    alternate: float = 0.06
     seed: int = 0
     block_events: int = 2_000_000
 
@@ -110,16 +115,24 @@ class SyntheticShop:
             raise InputError(
                 f"synthetic shop: seed is {self.seed}; expected 0 or more: set data.source.seed=0"
             )
-        if not 0 <= self.follow <= 1:
-            raise InputError(
-                f"synthetic shop: follow is {self.follow}; expected 0 to 1: set "
-                "data.source.follow=0.45"
-            )
+        for name, (most, usual) in LIMITS.items():
+            if not 0 <= getattr(self, name) <= most:
+                raise InputError(
+                    f"synthetic shop: {name} is {getattr(self, name)}; expected 0 to {most:g}: set "
+                    f"data.source.{name}={usual}"
+                )
 
     @cached_property
     def stock(self) -> Stock:
         """What this shop sells, with the same settings always the same."""
         return Stock.fill(self.num_items, self.num_aisles, self.days, self.seed)
+
+    @cached_property
+    def drift(self) -> Floats:
+        """`DRIFT` with this shop's weight of the aisle before, taken from that of this aisle."""
+        here, before, *sides = DRIFT[0]
+        more = self.alternate - before
+        return np.array([[here - more, before + more, *sides], DRIFT[1]])
 
     def truth(self, item_ids: Sequence[str] | None = None) -> ShopTruth:
         """Return what is known of this shop, for items counted as in `item_ids` (item 1 first)."""
@@ -258,7 +271,7 @@ class _Walk:
         return np.where(leaves, back, time + np.where(acts, act, look))
 
     def _choose(self, users: Ints, step: int, stand: Standing, now: Ints, leaves: Bools) -> Ints:
-        aisle = _pick(*drift(self.goods, stand, now, leaves), self.draw("aisle", users, step))
+        aisle = _pick(*drift(self.shop, stand, now, leaves), self.draw("aisle", users, step))
         here = aisle == self.goods.aisle[stand.row]
         row = np.where(here, stand.row, stand.before_row)
         kind = np.where(here, stand.kind, stand.before_kind)
@@ -293,13 +306,14 @@ def act_chance(goods: Stock, stand: Standing) -> Floats:
     return ACT_CHANCE[stand.kind] * goods.desire[stand.row]
 
 
-def drift(goods: Stock, stand: Standing, now: Ints, leaves: Bools) -> tuple[Ints, Floats]:
+def drift(shop: SyntheticShop, stand: Standing, now: Ints, leaves: Bools) -> tuple[Ints, Floats]:
     """Return four candidate aisles and their weights, both [U, K]; an aisle may be there twice."""
+    goods = shop.stock
     here = goods.aisle[stand.row]
     earlier = np.where(stand.before_row >= 0, goods.aisle[stand.before_row], here)
     sides = (here - 1) % goods.num_aisles, (here + 1) % goods.num_aisles
     aisles_UK = np.stack([here, earlier, *sides], axis=1)
-    return aisles_UK, DRIFT[leaves.astype(np.int64)] * goods.tilt(aisles_UK, now[:, None])
+    return aisles_UK, shop.drift[leaves.astype(np.int64)] * goods.tilt(aisles_UK, now[:, None])
 
 
 def following(goods: Stock, row: Ints, kind: Ints) -> Ints:
@@ -425,7 +439,7 @@ class ShopTruth:
 
     def _after(self, stand: Standing, now: Ints) -> Floats:
         act = self._act_given_gap(act_chance(self.goods, stand), now - stand.time)
-        aisles_BK, weights_BK = drift(self.goods, stand, now, now - stand.time >= HOUR)
+        aisles_BK, weights_BK = drift(self.shop, stand, now, now - stand.time >= HOUR)
         weights_BK *= ((1 - act) / weights_BK.sum(1))[:, None]
         aisles_BA = np.zeros((len(now), self.goods.num_aisles))
         np.add.at(aisles_BA, (np.arange(len(now))[:, None], aisles_BK), weights_BK)
