@@ -183,6 +183,7 @@ def recommend(arguments: Arguments) -> Outcome:
         history=arguments.history,
         k=arguments.k,
         exclude_seen=not arguments.keep_seen,
+        weights=None if arguments.recency is None else {"recency": arguments.recency},
     )
     answer_table(answer)
     return Outcome(f"{len(answer['items'])} recommendations", path, "recsys serve", answer)
@@ -283,6 +284,8 @@ def _add_serving(verbs: Any) -> None:
     verb.add_argument("--history", nargs="+", metavar="ITEM_ID", help="oldest first")
     verb.add_argument("-k", type=int, default=10)
     verb.add_argument("--keep-seen", action="store_true", help="may recommend seen items again")
+    about = "0: what the history is about all along; 1: its newest turn; left out: the model's own"
+    verb.add_argument("--recency", type=float, metavar="SHARE", help=about)
 
 
 def _add_ui(verbs: Any) -> None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from recsys.artifacts import Workspace
+from recsys.cli import main
+from recsys.history import OWN_RECENCY
 from recsys.schema import InputError
 from recsys.serving.engine import Engine, UnknownItem, event_times
-from recsys.serving.messages import Answer, HistoryEvent, RecommendRequest
+from recsys.serving.messages import Answer, HistoryEvent, RecommendRequest, Weights
 from tiny_bundles import DAY, MAX_LENGTH, ODD_IDS, START, item_ids, write_tiny_bundle
 
 ALL_INPUTS = ("items", "types", "gaps", "lengths", "request_gap", "request_hour", "users")
+BLEND = "model.dim=16 model.layers=1 model.blend=true model.interests=3 trainer.max_epochs=2"
+PLAIN = "trainer=cpu logger=csv batches.size=16 evaluation.exclude_seen=false"
 FORBIDDEN = ("torch", "pytorch_lightning", "hydra", "pandas", "mlflow", "ibis", "duckdb")
 ROOMS = ("recsys.data", "recsys.training", "recsys.models", "recsys.evaluation", "recsys.export")
 
@@ -30,6 +37,16 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """Return an engine on a bundle without times and without categories."""
     path = tmp_path_factory.mktemp("bundles") / "placed"
     return Engine.load(write_tiny_bundle(path, has_time=False, has_categories=False))
+
+
+@pytest.fixture(scope="module")
+def blended(ring_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Return an engine on a bundle exported from a small model of three interests that blends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECSYS_HOME", str(tmp_path_factory.mktemp("blended")))
+        shop = ["data=events", f"data.path={ring_csv}"]
+        assert main(["run", *shop, *f"{BLEND} {PLAIN}".split()]) == 0
+        yield Engine.load(Workspace().find("bundle"))
 
 
 def ask(engine: Engine, **fields: object) -> Answer:
@@ -119,6 +136,63 @@ def test_categories_on_a_bundle_without_them_are_refused(placed: Engine) -> None
 def test_k_beyond_the_catalogue_gives_all_that_there_is(engine: Engine) -> None:
     assert len(ids(ask(engine, history=["i9"], k=1000))) == 119
     assert len(ids(ask(engine, k=1000))) == 120
+
+
+PATH = [f"i{item}" for item in (1, 2, 3, 4, 5, 6, 20, 21)]
+
+
+def scored(engine: Engine, **fields: object) -> list[tuple[str, float]]:
+    answer = ask(engine, history=PATH, exclude_seen=False, k=30, now=START, **fields)
+    return [(item.item_id, item.score) for item in answer.items]
+
+
+def test_recency_reaches_the_encoder_for_each_request_of_a_batch(blended: Engine) -> None:
+    shares = [Weights(), Weights(0), Weights(0.5), Weights(1), Weights(), Weights(0)]
+    fixed = {"history": PATH, "exclude_seen": False, "k": 30, "now": START}
+    together = blended.recommend([RecommendRequest(weights=w, **fixed) for w in shares])
+    for share, answer in zip(shares, together, strict=True):
+        alone = dict(scored(blended, weights=share))
+        assert {i.item_id: i.score for i in answer.items} == pytest.approx(alone, abs=1e-5)
+    one, *others = (dict(scored(blended, weights=Weights(share))) for share in (None, 0, 0.5, 1))
+    assert all(one != pytest.approx(other, abs=1e-3) for other in others)
+    assert scored(blended) == scored(blended, weights=Weights())
+    readings = [blended._read(RecommendRequest(weights=w)).recency for w in shares[:3]]
+    assert readings == [OWN_RECENCY, 0, 0.5]
+
+
+def test_the_recommend_verb_passes_recency_on(
+    blended: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb = ["recommend", "--history", *PATH, "--keep-seen", "--json"]
+    scores = []
+    for share in ([], ["--recency", "0"], ["--recency", "1"]):
+        assert main([*verb, *share]) == 0
+        items = json.loads(capsys.readouterr().out.splitlines()[-1])["items"]
+        scores.append({item["item_id"]: item["score"] for item in items})
+    assert scores[0] != scores[1] != scores[2]
+    assert main([*verb, "--recency", "2"]) == 2
+    assert "weights.recency: expected float <= 1.0" in capsys.readouterr().err
+
+
+def test_recency_on_a_bundle_that_does_not_read_it_is_refused(engine: Engine) -> None:
+    message = (
+        r"weights.recency: 0.8 has no effect on bundle tiny-1: its encoder reads items, lengths, "
+        r"expected recency among them; .* train with model=trajectory model.blend=true"
+    )
+    for fields in ({"history": ["i9"]}, {}):
+        with pytest.raises(InputError, match=message):
+            ask(engine, weights=Weights(0.8), **fields)
+    assert ids(ask(engine, history=["i9"], weights=Weights())) == ids(ask(engine, history=["i9"]))
+
+
+def test_interests_are_merged_without_repeats_and_in_the_manifest(blended: Engine) -> None:
+    assert blended.bundle.manifest["interests"] == 3
+    everything = scored(blended)
+    assert len({item for item, _ in everything}) == 30
+    answer = ask(blended, history=PATH, exclude_items=["i9"], k=30, now=START)
+    expected = [item for item, _ in everything if item not in {*PATH, "i9"}]
+    assert ids(answer) == expected
+    assert len(expected) == 30 - len(PATH) - 1
 
 
 def test_odd_ids(engine: Engine) -> None:

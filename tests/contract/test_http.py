@@ -113,6 +113,8 @@ def test_similar_and_item_by_odd_ids(call: Callable[..., httpx.Response], item_i
         ("{nope", 400, "malformed_json", "the body is not JSON"),
         ("[" * 4000, 422, "invalid_request", "expected object, got array"),
         ('{"k": 0}', 422, "invalid_request", "k: expected int >= 1"),
+        ('{"weights": {"recency": 2}}', 422, "invalid_request", "weights.recency: expected"),
+        ('{"weights": {"recency": 1}}', 422, "invalid_request", "train with model=trajectory"),
         ('{"k": 1000000000}', 422, "invalid_request", "k: expected int <= 1000"),
         ('{"k": 201}', 422, "invalid_request", "k: 201 is over this server's limit of 200"),
         ('{"user_id": 7}', 422, "invalid_request", "user_id: expected str | null, got int"),

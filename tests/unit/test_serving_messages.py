@@ -47,6 +47,10 @@ WRONG = {
     '{"history": "a"}': "history: expected array | null, got str",
     '{"user_id": ""}': "user_id: expected str of length >= 1",
     '{"now": "yesterday"}': "'yesterday' is not a moment",
+    '{"weights": {"recency": 1.5}}': "weights.recency: expected float <= 1.0",
+    '{"weights": {"recency": -1}}': "weights.recency: expected float >= 0.0",
+    '{"weights": {"recensy": 1}}': "weights: unknown field 'recensy'; did you mean 'recency'?",
+    '{"weights": 0.8}': "weights: expected object, got",
     "[]": "expected object, got array",
     "null": "expected object, got null",
 }
@@ -72,6 +76,8 @@ def test_a_batch_names_the_request_that_is_wrong() -> None:
         InputError, match=r"requests\[1\]: unknown field 'users'; did you mean 'user_id'"
     ):
         decoded(BATCH, b'{"requests": [{"k": 1}, {"users": 2}]}')
+    with pytest.raises(InputError, match=r"requests\[0\].weights: .* did you mean 'recency'"):
+        decoded(BATCH, b'{"requests": [{"weights": {"recent": 1}}]}')
     with pytest.raises(InputError, match=r"unknown field 'request'; did you mean 'requests'"):
         decoded(BATCH, b'{"request": []}')
     with pytest.raises(InputError, match="length >= 1"):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.history import Histories, encode
+from recsys.history import OWN_RECENCY, Histories, encode
 from recsys.index.bundle import Bundle
 from recsys.index.search import ItemIndex
 from recsys.schema import EVENT_TYPES, PAD, InputError
@@ -67,7 +67,8 @@ class Reading:
     """One request resolved against a bundle: indices in place of ids, nothing left to look up.
 
     `path` is cut to what the encoder reads; `excluded` holds item indices never to answer with;
-    `user` is the user's row plus one, 0 where unknown; `now` is in milliseconds.
+    `user` is the user's row plus one, 0 where unknown; `now` is in milliseconds; `recency` is the
+    share of the newest turn, `OWN_RECENCY` where the model weighs it.
     """
 
     path: Trajectory
@@ -75,6 +76,7 @@ class Reading:
     filter: Filter
     user: int
     now: int
+    recency: float
     k: int
     group: tuple[object, ...]
     ignored: Ignored | None
@@ -208,10 +210,23 @@ class Engine:
             filter=chosen,
             user=0 if row is None else row + 1,
             now=now,
+            recency=self._recency(request),
             k=request.k,
             group=_group(request),
             ignored=_ignored(unknown, chosen.unknown),
         )
+
+    def _recency(self, request: RecommendRequest) -> float:
+        recency = request.weights.recency
+        if recency is None:
+            return OWN_RECENCY
+        if "recency" not in self.inputs:
+            raise InputError(
+                f"weights.recency: {recency:g} has no effect on bundle {self.version}: its encoder "
+                f"reads {', '.join(self.inputs)}, expected recency among them; leave it out, or "
+                "train with model=trajectory model.blend=true and export again"
+            )
+        return recency
 
     def _indices(self, item_ids: Sequence[str], unknown: list[str]) -> Indices:
         """Return the indices of known items; the others are added to `unknown`."""
@@ -242,7 +257,8 @@ class Engine:
             return np.zeros((0, 1, 1), np.float32)
         histories = Histories.of([reading.path for reading in readings])
         now = np.array([reading.now for reading in readings], np.int64)
-        arrays = encode(histories, self.max_length, now)
+        recency = np.array([reading.recency for reading in readings], np.float32)
+        arrays = encode(histories, self.max_length, now, recency)
         arrays["users"] = np.array([reading.user for reading in readings], np.int64)
         queries_BHD = self.session.run(["queries"], {name: arrays[name] for name in self.inputs})[0]
         return np.asarray(queries_BHD, np.float32)

@@ -27,6 +27,10 @@ Moment = Annotated[
     Meta(description="Seconds or milliseconds since 1970, or ISO 8601 text (UTC unless it says)"),
 ]
 EventType = Literal["view", "favourite", "cart", "purchase"]
+Share = Annotated[
+    float,
+    Meta(ge=0, le=1, description="0: what the history is about all along; 1: its newest turn"),
+]
 K = Annotated[int, Meta(ge=1, le=MAX_K, description="How many items to answer with")]
 
 
@@ -40,6 +44,12 @@ class HistoryEvent(Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if self.timestamp is not None:
             milliseconds(self.timestamp)
+
+
+class Weights(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What an answer is to lean to; what is left out, the model weighs itself."""
+
+    recency: Share | None = None
 
 
 class RecommendRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -57,6 +67,7 @@ class RecommendRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_def
     allow_categories: Annotated[list[str], Meta(max_length=10_000)] | None = None
     deny_categories: Annotated[list[str], Meta(max_length=10_000)] = []
     now: Moment | None = None
+    weights: Weights = Weights()
 
     def __post_init__(self) -> None:
         if self.now is not None:
@@ -232,6 +243,8 @@ def explained(message: str, root: type) -> str:
 def _struct_at(place: str, root: type) -> type:
     if re.search(r"history\[\d+\]$", place):
         return HistoryEvent
+    if re.search(r"(^|\.)weights$", place):
+        return Weights
     return RecommendRequest if re.search(r"^requests\[\d+\]$", place) else root
 
 
