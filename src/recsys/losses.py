@@ -1,14 +1,15 @@
 """Training losses: functions of query vectors, targets and the item side.
 
-Shapes: P positions, K negatives, N items, D dim. All return a scalar: the mean over positions, or
-where `weight_P` is given the weighted sum over P (weights of mean 1 keep the scale).
+Shapes: P positions, H interests, K negatives, N items, D dim. All return a scalar: the mean over
+positions, or where `weight_P` is given the weighted sum over P (weights of mean 1 keep the scale).
+Queries are [P, D], or [P, H, D]: then an item's score is the nearest interest's, as when served.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from typing import Any, Literal, cast
 
 import torch
@@ -95,17 +96,22 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.bfloat16 if half else query_PD.dtype
         query_PD, vectors_ND = query_PD.to(dtype).contiguous(), vectors_ND.to(dtype).contiguous()
         grad_dtype = torch.float32 if half else dtype
-        query_grad_PD = torch.empty_like(query_PD, dtype=grad_dtype)
+        query_PHD = query_PD if query_PD.ndim == 3 else query_PD[:, None]
+        query_grad_PHD = torch.empty_like(query_PHD, dtype=grad_dtype)
         vectors_grad_ND = torch.zeros_like(vectors_ND, dtype=grad_dtype)
         total = query_PD.new_zeros((), dtype=torch.float32)
         for at in range(0, len(query_PD), chunk):
-            query_CD, target_C1 = query_PD[at : at + chunk], target_P[at : at + chunk, None]
-            weight_C = None if weight_P is None else weight_P[at : at + chunk]
-            error_CN, loss = _softmax_error(query_CD @ vectors_ND.T, target_C1, weight_C)
+            some = slice(at, at + chunk)
+            weight_C = None if weight_P is None else weight_P[some]
+            logits_HCN = [query_CD @ vectors_ND.T for query_CD in query_PHD[some].unbind(1)]
+            best_CN = reduce(torch.maximum, logits_HCN)
+            error_CN, loss = _softmax_error(best_CN, target_P[some, None], weight_C)
             total += loss
-            query_grad_PD[at : at + chunk] = error_CN @ vectors_ND
-            vectors_grad_ND += error_CN.T @ query_CD
-        ctx.save_for_backward(query_grad_PD, vectors_grad_ND)
+            for h, logits_CN in enumerate(logits_HCN):
+                nearest_CN = error_CN if len(logits_HCN) == 1 else error_CN * (logits_CN >= best_CN)
+                query_grad_PHD[some, h] = nearest_CN @ vectors_ND
+                vectors_grad_ND += nearest_CN.T @ query_PHD[some, h]
+        ctx.save_for_backward(query_grad_PHD.view_as(query_PD), vectors_grad_ND)
         return total / max(1, len(query_PD))
 
     @staticmethod
@@ -114,6 +120,23 @@ class LinearCrossEntropy(torch.autograd.Function):
         query_grad_PD, vectors_grad_ND = ctx.saved_tensors
         scale = grad / max(1, len(query_grad_PD))
         return query_grad_PD * scale, vectors_grad_ND * scale, None, None, None, None
+
+
+def scores(query: Tensor, vectors_KD: Tensor) -> Tensor:
+    """Return each item's score [P, K] for queries [P, D], or by the nearest of [P, H, D].
+
+    >>> scores(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[2.0, 1.0], [0.0, 3.0]]))
+    tensor([[2., 3.]])
+    """
+    logits = query @ vectors_KD.T
+    return logits if query.ndim == 2 else logits.amax(1)
+
+
+def score(query: Tensor, vectors_PD: Tensor) -> Tensor:
+    """Return the score [P, 1] of one item a position, by the nearest of queries [P, H, D]."""
+    if query.ndim == 2:
+        return (query * vectors_PD).sum(-1, keepdim=True)
+    return (query * vectors_PD[:, None]).sum(-1).amax(1, keepdim=True)
 
 
 def _softmax_error(
@@ -145,8 +168,8 @@ def sampled_softmax(
     Source: Bengio and Senécal 2008 (sampled softmax); the correction is log(K q) off each negative.
     """
     drawn_K, log_share_K = items.sample(negatives, by)
-    positive_P1 = (query_PD * items.of(target_P)).sum(-1, keepdim=True) / temperature
-    negative_PK = query_PD @ items.of(drawn_K).T / temperature
+    positive_P1 = score(query_PD, items.of(target_P)) / temperature
+    negative_PK = scores(query_PD, items.of(drawn_K)) / temperature
     if logq:
         negative_PK = negative_PK - log_share_K - torch.tensor(float(negatives)).log()
     return softmax_among(positive_P1, _without_hits(negative_PK, target_P, drawn_K), weight_P)
@@ -169,7 +192,7 @@ def in_batch_softmax(
     """
     uniform_K = items.sample(uniform_negatives, "uniform")[0]
     candidate_C = torch.cat([target_P, uniform_K])
-    logits_PC = query_PD @ items.of(candidate_C).T / temperature
+    logits_PC = scores(query_PD, items.of(candidate_C)) / temperature
     if logq:
         expected_C = len(target_P) * items.share[candidate_C]
         expected_C = expected_C + uniform_negatives / (len(items.share) - 1)
@@ -205,8 +228,8 @@ def gbce(
     `calibration` is the paper's t: 0 is plain binary cross-entropy, 1 fully calibrated.
     """
     drawn_K, _ = items.sample(negatives, "uniform")
-    positive_P1 = (query_PD * items.of(target_P)).sum(-1, keepdim=True)
-    negative_PK = _without_hits(query_PD @ items.of(drawn_K).T, target_P, drawn_K)
+    positive_P1 = score(query_PD, items.of(target_P))
+    negative_PK = _without_hits(scores(query_PD, items.of(drawn_K)), target_P, drawn_K)
     rate = min(1.0, negatives / (len(items.share) - 2))
     beta = rate * (calibration * (1 - 1 / rate) + 1 / rate)
     return binary_among(positive_P1, negative_PK, beta, weight_P)

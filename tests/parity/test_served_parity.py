@@ -22,6 +22,7 @@ USERS, K = 1000, 20
 SHOP = ["data=synthetic", f"data.source.num_users={USERS + 100}", "data.source.num_items=300"]
 MODELS = {
     "trajectory": ["batches.size=64"],
+    "three interests": ["batches.size=64", "model.dim=16", "model.interests=3"],
     "two_tower": ["model=two_tower", "batches=pairs", "loss=in_batch_softmax"],
 }
 

@@ -32,13 +32,17 @@ def test_binary_among_a_table() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_full_softmax_equals_cross_entropy_and_its_gradients(chunk: int) -> None:
+@pytest.mark.parametrize("shape", [(20, 8), (20, 3, 8)], ids=["one", "three interests"])
+def test_full_softmax_equals_cross_entropy_and_its_gradients(
+    chunk: int, shape: tuple[int, ...]
+) -> None:
     torch.manual_seed(0)
-    query = torch.randn(20, 8, dtype=torch.float64, requires_grad=True)
+    query = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
     vectors = torch.randn(31, 8, dtype=torch.float64, requires_grad=True)
     target = torch.randint(1, 31, (20,))
     ours = losses.full_softmax(query, target, side(vectors), temperature=0.5, chunk=chunk)
-    plain = F.cross_entropy(query @ vectors[1:].T / 0.5, target - 1)
+    logits = query @ vectors[1:].T / 0.5
+    plain = F.cross_entropy(logits if query.ndim == 2 else logits.amax(1), target - 1)
     assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
     for mine, theirs in zip(
         torch.autograd.grad(ours * 3, (query, vectors)),
@@ -48,9 +52,10 @@ def test_full_softmax_equals_cross_entropy_and_its_gradients(chunk: int) -> None
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_sampled_softmax_nears_the_full_one() -> None:
+@pytest.mark.parametrize("shape", [(64, 8), (64, 3, 8)], ids=["one", "three interests"])
+def test_sampled_softmax_nears_the_full_one(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    query, vectors = torch.randn(64, 8), torch.randn(51, 8)
+    query, vectors = torch.randn(*shape), torch.randn(51, 8)
     target = torch.randint(1, 51, (64,))
     share = torch.cat([torch.zeros(1), torch.rand(50) + 0.1])
     items = side(vectors, share / share.sum())

@@ -119,7 +119,7 @@ def test_no_position_reads_what_follows_it(name: str, has_time: bool) -> None:
     assert all(r == 0 and c >= 5 and batch["segments"][r, c] == segment for r, c in where)
 
 
-@pytest.mark.parametrize("name", ["trajectory", *LAYERS])
+@pytest.mark.parametrize("name", ["trajectory", "interests", *LAYERS])
 def test_packed_training_equals_serving(name: str) -> None:
     """The query that a position trains is the one that its prefix is answered with."""
     model = models()[name]
@@ -133,7 +133,7 @@ def test_packed_training_equals_serving(name: str) -> None:
         arrays = encode(prefix, 12, whole.times[end : end + 1])
         with torch.no_grad():
             alone = model(*(torch.from_numpy(arrays[name]) for name in model.inputs))
-        torch.testing.assert_close(alone[0, 0], packed[end - 1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(alone[0].squeeze(0), packed[end - 1], atol=1e-5, rtol=1e-5)
 
 
 def test_auto_reads_what_the_dataset_has() -> None:

@@ -27,6 +27,7 @@ class Interests(nn.Module):
             raise InputError(f"model.interests={count}: expected 1 (no pooling) or more")
         self.seeds = nn.Parameter(torch.randn(count, dim))
         self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.turn = nn.Linear(dim, count * dim)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
@@ -34,7 +35,9 @@ class Interests(nn.Module):
         query_BHLD = self.query(hidden_BLD)[:, None] + self.seeds[:, None]
         keys = self.key(hidden_BLD)[:, None].expand_as(query_BHLD)
         values = hidden_BLD[:, None].expand_as(query_BHLD)
-        return self.norm(path.attend(query_BHLD, keys, values).transpose(1, 2))
+        pooled_BLHD = path.attend(query_BHLD, keys, values).transpose(1, 2)
+        turned_BLHD = self.turn(hidden_BLD).unflatten(-1, (len(self.seeds), -1))
+        return self.norm(hidden_BLD[:, :, None] + pooled_BLHD + turned_BLHD)
 
 
 class Blend(nn.Module):
@@ -85,15 +88,3 @@ class RequestContext(nn.Module):
         for name in self.inputs:
             query_PHD = query_PHD + self.tables[name](batch[name])[..., None, :]
         return query_PHD + self.mix(query_PHD)
-
-
-def routed(query_PHD: Tensor, target_PD: Tensor) -> Tensor:
-    """Return each position's interest nearest to its target: hard routing, query_PD.
-
-    Source: MIND (Li et al. 2019, section 3.4), with the largest of its attention weights only.
-    """
-    if query_PHD.shape[1] == 1:
-        return query_PHD.squeeze(1)
-    with torch.no_grad():
-        nearest_P = (query_PHD * target_PD[:, None]).sum(-1).argmax(1)
-    return query_PHD[torch.arange(len(query_PHD), device=query_PHD.device), nearest_P]

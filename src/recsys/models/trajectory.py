@@ -15,7 +15,7 @@ from recsys.data.catalogue import Catalogue
 from recsys.history import GAP_BUCKETS
 from recsys.models.features import Features
 from recsys.models.layers import Attention, Path
-from recsys.models.queries import Blend, Interests, RequestContext, routed
+from recsys.models.queries import Blend, Interests, RequestContext
 from recsys.schema import EVENT_TYPES, InputError
 
 Auto = bool | Literal["auto"]
@@ -93,7 +93,7 @@ class Trajectory(nn.Module):
         return query_BHD if self.context is None else self.context(query_BHD, batch)
 
     def training_pairs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return query_PD and target_P for the real positions of packed rows."""
+        """Return query_PD (query_PHD of several interests) and target_P of the real positions."""
         real_RL = batch["segments"] > 0
         hidden_RLHD, mean_RLD = self._read(batch, Path.packed(batch))
         query_PHD, target_P = hidden_RLHD[real_RL], batch["targets"][real_RL]
@@ -103,7 +103,7 @@ class Trajectory(nn.Module):
         if self.context is not None:
             asked = {name: batch[name][real_RL] for name in RequestContext.inputs}
             query_PHD = self.context(query_PHD, asked)
-        return routed(query_PHD, self.vectors_of(target_P)), target_P
+        return query_PHD.squeeze(1) if self.interests is None else query_PHD, target_P
 
     def item_vectors(self) -> Tensor:
         """Return vectors_ND [N + 1, D]; row 0 is padding."""
