@@ -91,6 +91,17 @@ def test_interests_merge_by_maximum(index):
 
 
 @pytest.mark.parametrize("count", [1, 50, 800])
+def test_interests_leave_k_distinct_items_beside_the_excluded(index, count):
+    queries_BHD = QUERIES_BD[:48].reshape(16, 3, D)
+    excluded = [exact(q, count)[0] for q in queries_BHD]
+    found = index.search(queries_BHD, 20, excluded=excluded)
+    wanted = [exact(q, 20, e) for q, e in zip(queries_BHD, excluded, strict=True)]
+    assert (found.indices_BK > 0).all()
+    assert not any(np.isin(f, e).any() for f, e in zip(found.indices_BK, excluded, strict=True))
+    assert_near_exact(index, found, wanted, least=0.9)
+
+
+@pytest.mark.parametrize("count", [1, 50, 800])
 def test_excluded_are_never_answered_and_k_remain(index, count):
     excluded = [exact(q[None], count)[0] for q in QUERIES_BD]
     found = index.search(QUERIES_BD[:, None], 20, excluded=excluded)

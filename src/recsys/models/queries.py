@@ -18,7 +18,8 @@ from recsys.schema import InputError
 class Interests(nn.Module):
     """Pools the path `count` times, so that interests which alternate keep a vector each.
 
-    Source: ComiRec-SA (Cen et al. 2020, section 3.2), with a pool at every position.
+    Source: ComiRec-SA (Cen et al. 2020, section 3.2), with a pool at every position, added to the
+    state there. Keys know their place, so that a pool can look for the newest of another kind.
     """
 
     def __init__(self, dim: int, count: int) -> None:
@@ -26,14 +27,15 @@ class Interests(nn.Module):
         if count < 2:
             raise InputError(f"model.interests={count}: expected 1 (no pooling) or more")
         self.seeds = nn.Parameter(torch.randn(count, dim))
-        self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim + 1, dim)
         self.turn = nn.Linear(dim, count * dim)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
         """Return interests_BLHD at every position."""
         query_BHLD = self.query(hidden_BLD)[:, None] + self.seeds[:, None]
-        keys = self.key(hidden_BLD)[:, None].expand_as(query_BHLD)
+        tens_BL1 = path.positions.expand(hidden_BLD.shape[:2])[..., None].to(hidden_BLD.dtype) / 10
+        keys = self.key(torch.cat([hidden_BLD, tens_BL1], dim=-1))[:, None].expand_as(query_BHLD)
         values = hidden_BLD[:, None].expand_as(query_BHLD)
         pooled_BLHD = path.attend(query_BHLD, keys, values).transpose(1, 2)
         turned_BLHD = self.turn(hidden_BLD).unflatten(-1, (len(self.seeds), -1))
