@@ -241,9 +241,9 @@ def contrastive(
     """Pull each query to its own second reading, against positions with another target.
 
     Source: DuoRec (Qiu et al. 2022, section 3.3); other positions with the same target are
-    positives as well, all weighing alike.
+    positives as well, all weighing alike. Several interests [P, H, D] count as one long vector.
     """
-    logits_PP = query_PD @ again_PD.T / temperature
+    logits_PP = query_PD.flatten(1) @ again_PD.flatten(1).T / temperature
     same_PP = target_P[:, None] == target_P[None, :]
     log_share_PP = logits_PP.float().log_softmax(dim=1)
     return -(log_share_PP * same_PP).sum(dim=1).div(same_PP.sum(dim=1)).mean()

@@ -143,6 +143,13 @@ def test_contrastive_a_table() -> None:
     assert loss.item() == pytest.approx((2 * same + alone) / 3)
 
 
+def test_contrastive_reads_several_interests_end_to_end() -> None:
+    torch.manual_seed(0)
+    query, again, target = torch.randn(5, 3, 4), torch.randn(5, 3, 4), torch.tensor([1, 2, 1, 3, 3])
+    loss = losses.contrastive(query, again, target)
+    assert loss == losses.contrastive(query.reshape(5, 12), again.reshape(5, 12), target)
+
+
 def test_bf16_products_stay_near_the_exact_gradient() -> None:
     torch.manual_seed(0)
     query, vectors = torch.randn(50, 16, requires_grad=True), torch.randn(201, 16)
