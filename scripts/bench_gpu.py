@@ -266,8 +266,8 @@ def table(measured: list[dict[str, Any]], device: dict[str, Any]) -> Table:
     shown = Table(title=title, box=box.SIMPLE, title_justify="left")
     shown.add_column("side", no_wrap=True)
     shown.add_column("loss", no_wrap=True)
-    for name in ("items", "positions/s", "TFLOP/s", "of own", "waited", "starved", "device GiB"):
-        shown.add_column(name, justify="right")
+    for name in ("items", "positions/s", "TFLOP/s", "of own", "waited", "starved", "GiB"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for one in measured:
         shown.add_row(one["side"], one["loss"], f"{one['items']:,}", *cells(one, own))
     return shown

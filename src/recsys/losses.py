@@ -172,7 +172,7 @@ def _liger_softmax(
         loss = fused(
             query_PD, vectors_ND, target_P, accum_dtype=torch.float32, chunk_mem_const=share
         )
-    return cast(Tensor, loss)
+    return loss
 
 
 def _liger_memory(positions: int, vectors_ND: Tensor, chunk: int) -> int:
