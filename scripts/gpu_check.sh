@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Where a CUDA device is at hand: the gpu-marked tests, then training throughput on synthetic data.
+# Where a CUDA device is at hand: the gpu-marked tests, training on synthetic data, and the GPU
+# benchmark, beside RecTools where RECTOOLS names a Python interpreter that has it.
 # Without one, `scripts/gpu_check.sh cpu` runs the same at small size, to see that it works.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,14 +13,16 @@ trap 'rm -rf "$RECSYS_HOME"' EXIT
 
 "$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda, torch.cuda.is_available() and torch.cuda.get_device_name())'
 if [ "$device" = gpu ]; then
-  "$python" -m pytest -q -m gpu tests/gpu
-  users=200000 items=100000 size=1024
+  users=200000 items=100000 size=1024 small=
 else
-  users=500 items=500 size=32
+  export RECSYS_GPU_TESTS=cpu
+  users=500 items=500 size=32 small=--small
 fi
+"$python" -m pytest -q -m gpu tests/gpu
 shop="data=synthetic data.source.num_users=$users data.source.num_items=$items"
 for model in "model=trajectory" "model=two_tower batches=pairs loss=in_batch_softmax"; do
   # shellcheck disable=SC2086
   "$python" -m recsys.cli train $shop $model batches.size=$size trainer="$device" \
     logger=csv trainer.max_epochs=2 patience=null evaluation.exclude_seen=false
 done
+"$python" scripts/bench_gpu.py $small ${RECTOOLS:+--rectools "$RECTOOLS"}

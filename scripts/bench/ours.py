@@ -32,6 +32,7 @@ class Home:
     root: Path
     threads: int
     name: str
+    gpu: bool = False
 
     def recsys(self, *words: str) -> subprocess.Popen[bytes]:
         """Start a `recsys` command as a person would, its output in a file."""
@@ -44,7 +45,8 @@ class Home:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**driver_environment(self.threads, HERE), "RECSYS_HOME": str(self.root)}
+        environment = driver_environment(self.threads, HERE, gpu=self.gpu)
+        return {**environment, "RECSYS_HOME": str(self.root)}
 
     def prepare(self, file: Path, has_users: bool) -> str:
         """Prepare the dataset; return its name."""
@@ -54,7 +56,7 @@ class Home:
             f"data.source.has_users={has_users}",
         ]
         if self.recsys("prepare", "data=sequences", *words, "--json").wait():
-            raise Failed(self._said("prepare"))
+            raise Failed(self.said("prepare"))
         lines = (self.root / f"{self.name}-prepare.log").read_text().splitlines()
         return str(json.loads(lines[-1])["dataset"])
 
@@ -67,12 +69,12 @@ class Home:
         process = self.recsys("train", *words)
         copies = watch(process, self.root / "runs" / run / "checkpoints" / "last.ckpt", settings)
         if process.returncode:
-            raise Failed(self._said("train"))
+            raise Failed(self.said("train"))
         last = folder / f"{len(copies)}.ckpt"
         shutil.copy(self.root / "runs" / run / "checkpoints" / "last.ckpt", last)
         return self.root / "runs" / run, [*copies, last]
 
-    def _said(self, verb: str) -> str:
+    def said(self, verb: str) -> str:
         lines = (self.root / f"{self.name}-{verb}.log").read_text(errors="replace").splitlines()
         return " ".join(lines[-3:]) or f"recsys {verb} said nothing"
 

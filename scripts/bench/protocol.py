@@ -46,6 +46,8 @@ class Settings:
     negatives: int = 256
     threads: int = 2
     seed: int = 1
+    accelerator: str = "cpu"
+    precision: str = "32-true"
     ours: tuple[str, ...] = ()
 
     @classmethod
@@ -213,9 +215,10 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def driver_environment(threads: int, *paths: Path) -> dict[str, str]:
-    """Return the environment of a driver: its threads, and where else it imports from."""
+def driver_environment(threads: int, *paths: Path, gpu: bool = False) -> dict[str, str]:
+    """Return the environment of a driver: its threads, where else it imports from, and no GPU."""
     found = [str(path) for path in paths] + os.environ.get("PYTHONPATH", "").split(os.pathsep)
     wanted = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     joined = os.pathsep.join(path for path in found if path)
-    return {**os.environ, **wanted, "PYTHONPATH": joined, "CUDA_VISIBLE_DEVICES": ""}
+    hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **wanted, "PYTHONPATH": joined, **hidden}

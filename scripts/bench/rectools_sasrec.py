@@ -76,7 +76,9 @@ def main() -> None:
     meter = Meter(settings, lambda: rank(model, history, sequences.tested))
     model._trainer = Trainer(
         max_epochs=1_000_000,
-        accelerator="cpu",
+        accelerator=settings.accelerator,
+        devices=1,
+        precision=settings.precision,
         callbacks=[Clock(meter)],
         logger=False,
         enable_checkpointing=False,
@@ -84,7 +86,9 @@ def main() -> None:
         enable_model_summary=False,
     )
     model.fit(dataset(sequences, held=2))
-    print(json.dumps(meter.result(sequences.positions(settings.length))))
+    device = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    positions = sequences.positions(settings.length)
+    print(json.dumps(meter.result(positions, peak_device_gib=device)))
 
 
 if __name__ == "__main__":

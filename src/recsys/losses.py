@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recsys.schema import InputError
+
 Products = Literal["auto", "bf16", "fp32"]
+Kernel = Literal["torch", "liger"]
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ def full_softmax(
     temperature: float = 1.0,
     chunk: int = 256,
     products: Products = "auto",
+    kernel: Kernel = "torch",
     weight_P: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy over every item, `chunk` positions at a time: P × N is never held.
 
     `products`: the number format of the matrix products (`bf16` halves the time of a step where
     the processor has such instructions, `auto` asks it); sums and gradients stay as they are.
+    `kernel`: `liger` has Liger's fused kernels compute it on a GPU, see `_liger_softmax`.
 
     >>> vectors = torch.tensor([[0.0], [1.0], [1.0]])
     >>> side = ItemSide(lambda: vectors, lambda i: vectors[i], torch.ones(3) / 2)
@@ -62,6 +67,13 @@ def full_softmax(
     0.6931
     """
     vectors_ND = items.all()[1:]
+    if kernel == "liger":
+        half = products == "bf16" or (products == "auto" and torch.is_autocast_enabled("cuda"))
+        return _liger_softmax(
+            query_PD / temperature, vectors_ND, target_P - 1, weight_P, chunk, half
+        )
+    if kernel != "torch":
+        raise InputError(f"loss.kernel={kernel}: expected torch or liger")
     single = query_PD.dtype == torch.float32 and query_PD.device.type == "cpu"
     half = products == "bf16" or (products == "auto" and single and fast_bf16_cpu())
     query_PD = query_PD / temperature
@@ -150,6 +162,60 @@ def _softmax_error(
     if weight_C is None:
         return error_CN, loss_C1.sum()
     return error_CN.mul_(weight_C[:, None]), (loss_C1 * weight_C[:, None]).sum()
+
+
+def _liger_softmax(
+    query_PD: Tensor,
+    vectors_ND: Tensor,
+    target_P: Tensor,
+    weight_P: Tensor | None,
+    chunk: int,
+    half: bool,
+) -> Tensor:
+    """Mean cross-entropy by Liger's fused kernels, about `chunk` positions at a time.
+
+    Raises InputError on a CPU, for weighted positions, and where liger-kernel is not installed.
+    Source: Hsu et al. 2024, section 3.2.
+    """
+    if not query_PD.is_cuda:
+        raise InputError(
+            f"loss.kernel=liger runs on a GPU only, not on {query_PD.device.type}; "
+            "use loss.kernel=torch, or trainer=gpu"
+        )
+    if weight_P is not None:
+        raise InputError(
+            "loss.kernel=liger knows no weights of positions; use loss.kernel=torch, or "
+            "objective.type_weights=null"
+        )
+    fused, dtype = _liger(), torch.bfloat16 if half else query_PD.dtype
+    share = _liger_memory(len(query_PD), vectors_ND, chunk)
+    # Autocast would convert all items again for each chunk.
+    with torch.autocast("cuda", enabled=False):
+        query_PD, vectors_ND = query_PD.to(dtype), vectors_ND.to(dtype)
+        loss = fused(
+            query_PD, vectors_ND, target_P, accum_dtype=torch.float32, chunk_mem_const=share
+        )
+    return loss
+
+
+def _liger_memory(positions: int, vectors_ND: Tensor, chunk: int) -> int:
+    """Return how many times the size of the queries Liger's logits may have, for such a chunk.
+
+    >>> _liger_memory(1000, torch.zeros(5000, 10), 200)
+    100
+    """
+    return max(1, round(chunk * len(vectors_ND) / max(1, positions * vectors_ND.shape[1])))
+
+
+def _liger() -> Callable[..., Tensor]:
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError as error:
+        raise InputError(
+            f"loss.kernel=liger needs liger-kernel ({error}): pip install 'recsys[gpu]', "
+            "or use loss.kernel=torch"
+        ) from error
+    return cast("Callable[..., Tensor]", liger_fused_linear_cross_entropy)
 
 
 def sampled_softmax(

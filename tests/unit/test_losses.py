@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from recsys import losses
 from recsys.losses import ItemSide
+from recsys.schema import InputError
 
 
 def side(vectors: Tensor, share: Tensor | None = None) -> ItemSide:
@@ -166,3 +169,51 @@ def test_bf16_products_stay_near_the_exact_gradient() -> None:
     )
     assert values[1] == pytest.approx(values[0], rel=0.002)
     assert ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item() < 0.02
+
+
+def asked_of_liger(device: str, **more: object) -> None:
+    # Shapes and devices alone decide about refusing: `meta` holds no numbers.
+    vectors, target = torch.zeros(21, 8, device=device), torch.ones(6, device=device).long()
+    query = torch.zeros(6, 8, device=device)
+    losses.full_softmax(query, target, side(vectors, torch.ones(21)), kernel="liger", **more)
+
+
+def test_liger_refuses_a_cpu() -> None:
+    with pytest.raises(InputError, match=r"not on cpu; use loss\.kernel=torch, or trainer=gpu"):
+        asked_of_liger("cpu")
+
+
+def test_liger_refuses_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    with pytest.raises(InputError, match=r"objective\.type_weights=null"):
+        asked_of_liger("meta", weight_P=torch.ones(6))
+
+
+def test_liger_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    with pytest.raises(InputError, match=r"pip install 'recsys\[gpu\]'"):
+        asked_of_liger("meta")
+
+
+def test_liger_is_asked_for_the_same_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fused(query: Tensor, vectors: Tensor, target: Tensor, **more: object) -> Tensor:
+        assert more == {"accum_dtype": torch.float32, "chunk_mem_const": 32}
+        return F.cross_entropy(query @ vectors.T, target)
+
+    torch.manual_seed(0)
+    query, vectors, target = torch.randn(6, 8), torch.randn(21, 8), torch.arange(1, 7)
+    expected = losses.full_softmax(query, target, side(vectors), temperature=0.5, products="fp32")
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(losses, "_liger", lambda: fused)
+    monkeypatch.setattr(torch, "autocast", lambda *given, **more: nullcontext())
+    settings = {"kernel": "liger", "chunk": 77, "temperature": 0.5}
+    loss = losses.full_softmax(query, target, side(vectors), **settings)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_an_unknown_kernel_is_refused() -> None:
+    with pytest.raises(InputError, match=r"loss\.kernel=cuda: expected torch or liger"):
+        losses.full_softmax(
+            torch.zeros(1, 1), torch.ones(1).long(), side(torch.zeros(2, 1)), kernel="cuda"
+        )

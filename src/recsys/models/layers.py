@@ -246,7 +246,8 @@ class Recurrent(nn.Module):
         started_P = (path.positions[real_BL] == 0).long().cumsum(0) - 1
         at = started_P, path.positions[real_BL]
         alone = input_BLD.new_zeros(int(started_P.max()) + 1, *input_BLD.shape[1:])
-        read = self.gru(alone.index_put(at, input_BLD[real_BL]))[0][at]
+        # Under autocast the unit may answer in another format than the residual has.
+        read = self.gru(alone.index_put(at, input_BLD[real_BL]))[0][at].to(hidden_BLD.dtype)
         return hidden_BLD + self.dropout(torch.zeros_like(hidden_BLD).index_put((real_BL,), read))
 
     def _as_one_node(self, input_BLD: Tensor) -> Tensor:
