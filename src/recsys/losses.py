@@ -67,23 +67,27 @@ def full_softmax(
     0.6931
     """
     vectors_ND = items.all()[1:]
+    half = products == "bf16" or (products == "auto" and _bf16_pays(query_PD))
     if kernel == "liger":
-        half = products == "bf16" or (products == "auto" and torch.is_autocast_enabled("cuda"))
         return _liger_softmax(
             query_PD / temperature, vectors_ND, target_P - 1, weight_P, chunk, half
         )
     if kernel != "torch":
         raise InputError(f"loss.kernel={kernel}: expected torch or liger")
-    single = query_PD.dtype == torch.float32 and query_PD.device.type == "cpu"
-    half = products == "bf16" or (products == "auto" and single and fast_bf16_cpu())
     query_PD = query_PD / temperature
     loss = LinearCrossEntropy.apply(query_PD, vectors_ND, target_P - 1, weight_P, chunk, half)
     return cast(Tensor, loss)
 
 
+def _bf16_pays(query: Tensor) -> bool:
+    """Whether bf16 products are faster here: on a CPU with such instructions, under autocast."""
+    if query.is_cuda:
+        return torch.is_autocast_enabled("cuda")
+    return query.dtype == torch.float32 and _bf16_cpu()
+
+
 @cache
-def fast_bf16_cpu() -> bool:
-    """Whether this processor multiplies matrices faster in bf16 than in fp32."""
+def _bf16_cpu() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

@@ -28,6 +28,7 @@ from recsys.training.checkpoints import Bookmark, WholeCheckpoints
 from recsys.training.memory import keep_large_buffers
 from recsys.training.module import Objective, RetrieverModule
 from recsys.training.runs import BEST, LAST, build_model, dataset_of, load_run, read_config
+from recsys.training.start import start_items
 from recsys.training.testing import Tested, rank_test
 from recsys.training.tracking import Tracker, make_tracker
 
@@ -93,6 +94,7 @@ def _assemble(config: DictConfig, dataset: Dataset) -> tuple[RetrieverModule, Ba
     _check_device(config.trainer.accelerator)
     pl.seed_everything(config.seed, verbose=False)
     model = build_model(config, dataset)
+    start_items(model, dataset, config.item_start)
     batches = instantiate(
         config.batches, dataset=dataset, seed=config.seed, length=config.model.max_length
     )
