@@ -121,7 +121,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             weight_C = None if weight_P is None else weight_P[some]
             logits_HCN = [query_CD @ vectors_ND.T for query_CD in query_PHD[some].unbind(1)]
             best_CN = reduce(torch.maximum, logits_HCN)
-            error_CN, loss = _softmax_error(best_CN, target_P[some, None], weight_C)
+            error_CN, loss = _softmax_error(best_CN, target_P[some], weight_C)
             total += loss
             for h, logits_CN in enumerate(logits_HCN):
                 nearest_CN = error_CN if len(logits_HCN) == 1 else error_CN * (logits_CN >= best_CN)
@@ -156,16 +156,18 @@ def score(query: Tensor, vectors_PD: Tensor) -> Tensor:
 
 
 def _softmax_error(
-    logits_CN: Tensor, target_C1: Tensor, weight_C: Tensor | None
+    logits_CN: Tensor, target_C: Tensor, weight_C: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return softmax minus one-hot, in the logits' own format, and the summed loss, weighted."""
     error_CN = logits_CN.softmax(dim=1)
-    picked_C1 = error_CN.gather(1, target_C1)
-    error_CN.scatter_(1, target_C1, picked_C1 - 1)
-    loss_C1 = -picked_C1.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+    # Indexing, not scatter: on a CPU that takes as long as the softmax itself.
+    at = torch.arange(len(target_C), device=target_C.device), target_C
+    picked_C = error_CN[at]
+    error_CN[at] = picked_C - 1
+    loss_C = -picked_C.float().clamp(min=torch.finfo(torch.float32).tiny).log()
     if weight_C is None:
-        return error_CN, loss_C1.sum()
-    return error_CN.mul_(weight_C[:, None]), (loss_C1 * weight_C[:, None]).sum()
+        return error_CN, loss_C.sum()
+    return error_CN.mul_(weight_C[:, None]), (loss_C * weight_C).sum()
 
 
 def _liger_softmax(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recsys.models.dropout import Dropout
 from recsys.schema import InputError
 
 Norm = Literal["pre", "post"]
@@ -101,9 +102,9 @@ class Attention(nn.Module):
         self.mixer: nn.Module = SelfAttention(dim, heads, max_length if rotary else 0)
         self.mixer_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.feedforward = nn.Sequential(
-            nn.Linear(dim, feedforward), nn.GELU(), nn.Dropout(dropout), nn.Linear(feedforward, dim)
+            nn.Linear(dim, feedforward), nn.GELU(), Dropout(dropout), nn.Linear(feedforward, dim)
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
         """Return hidden_BLD."""
@@ -165,7 +166,7 @@ class Gated(nn.Module):
         self.mixer_gate, self.feedforward_gate = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.widen = nn.Linear(dim, 2 * feedforward)
         self.narrow = nn.Linear(feedforward, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
         """Return hidden_BLD."""
@@ -193,7 +194,7 @@ class Hstu(nn.Module):
         self.project_in, self.project_out = nn.Linear(dim, 4 * dim), nn.Linear(dim, dim)
         self.by_place = nn.Embedding(max_length, heads)
         self.by_time = nn.Linear(self.WAVES, heads, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
         """Return hidden_BLD."""
@@ -233,7 +234,7 @@ class Recurrent(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.gru = nn.GRU(dim, dim, batch_first=True)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
         """Return hidden_BLD."""
@@ -329,7 +330,7 @@ class CausalFilter(nn.Module):
             raise InputError(f"model.layer.width={width}: expected at least 1 position")
         self.taps = nn.Parameter(torch.zeros(width, dim))
         self.rest = nn.Parameter(torch.randn(dim))
-        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(dim), Dropout(dropout)
 
     def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
         """Return the filtered course, back on the scale of its input."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from recsys.data.catalogue import Catalogue
 from recsys.history import GAP_BUCKETS
+from recsys.models.dropout import Dropout
 from recsys.models.features import Features
 from recsys.models.layers import Attention, Path
 from recsys.models.queries import Blend, Interests, RequestContext
@@ -75,7 +76,7 @@ class Trajectory(nn.Module):
         self.event_types = _table("types" in self.inputs, len(EVENT_TYPES) + 1, dim)
         self.gaps = _table("gaps" in self.inputs, GAP_BUCKETS, dim)
         self.input_norm = nn.LayerNorm(dim) if normed_input else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
         self.interests = None if interests == 1 else Interests(dim, interests)
         self.blend = Blend(dim) if blend else None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.data.catalogue import Catalogue, choose
+from recsys.models.dropout import Dropout
 from recsys.models.features import Features
 from recsys.schema import InputError
 
@@ -95,7 +96,7 @@ def _tower(width: int, hidden: int, dim: int, dropout: float) -> nn.Sequential:
     if hidden < 1:
         raise InputError(f"model.hidden={hidden}: expected at least 1")
     return nn.Sequential(
-        nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim)
+        nn.Linear(width, hidden), nn.ReLU(), Dropout(dropout), nn.Linear(hidden, dim)
     )
 
 
