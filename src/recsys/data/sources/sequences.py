@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,9 +93,8 @@ def _columns(lines: Iterator[Line]) -> Iterator[list[list]]:
     batch: list[list] = [[], [], [], []]
     for number, user, items in lines:
         size = len(items)
-        for column, values in zip(
-            batch, ([user] * size, items, range(size), [number] * size), strict=True
-        ):
+        added: list[Iterable] = [[user] * size, items, range(size), [number] * size]
+        for column, values in zip(batch, added, strict=True):
             column.extend(values)
         if len(batch[0]) >= EVENTS_A_BATCH:
             yield batch
