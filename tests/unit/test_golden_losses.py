@@ -38,7 +38,7 @@ LOSSES = {
     "full_softmax bf16": partial(losses.full_softmax, products="bf16"),
     "sampled_softmax": partial(losses.sampled_softmax, negatives=16),
     "in_batch_softmax": partial(losses.in_batch_softmax, temperature=1.0),
-    "bce": losses.bce,
+    "bce": partial(losses.bce, negatives=8),
     "gbce": partial(losses.gbce, negatives=16),
 }
 PAIRS = [f"{layer} × full_softmax" for layer in LAYERS] + [f"attention × {loss}" for loss in LOSSES]

@@ -20,7 +20,7 @@ from recsys.training.runs import BEST, load_run
 
 SMALL = "trainer=cpu model.dim=32 optimizer.lr=0.01 patience=null"
 TRAJECTORY = f"{SMALL} model.dropout=0.1 batches.size=16 trainer.max_epochs=12"
-TWO_TOWER = f"{SMALL} model=two_tower batches=pairs loss=in_batch_softmax trainer.max_epochs=6"
+TWO_TOWER = f"{SMALL} model=two_tower batches=pairs loss=in_batch_softmax trainer.max_epochs=9"
 
 
 @pytest.fixture
