@@ -7,11 +7,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from recsys.artifacts import Workspace
 
 # Before anything loads OpenMP: models this small train faster on one thread than on several.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A busy machine is no failure: examples are bounded in number, not in time.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 ITEMS, USERS, EVENTS = 30, 120, 12
 DAY = 86_400
