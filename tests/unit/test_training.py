@@ -78,13 +78,19 @@ def test_every_setting_learns(
         ("objective.type_weights={purchase:-1}", "type_weights.purchase=-1: expected 0 or more"),
         ("model.layer.width=0 model/layer=filtered", "model.layer.width=0: expected at least 1"),
         ("model.interests=0", "model.interests=0: expected 1"),
+        ("item_start=zeros", "item_start=zeros: expected random or cooccurrence"),
     ],
 )
 def test_a_setting_out_of_bounds_is_refused(
-    setting: str, problem: str, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+    setting: str,
+    problem: str,
+    dataset: Dataset,
+    workspace: Workspace,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["train", *SMALL.split(), "logger=csv", *setting.split()]) == 2
     assert problem in capsys.readouterr().err
+    assert not list(workspace.folder("run").glob("*")), "a refused training leaves nothing"
 
 
 def test_what_weighs_nothing_is_not_learned() -> None:

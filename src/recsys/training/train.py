@@ -52,7 +52,8 @@ def train(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Trained
     folder = workspace.folder("run") / name
     if folder.exists():
         raise InputError(f"run {name!r} exists already: choose another name=, or resume={name}")
-    module, batches = _assemble(config, dataset)
+    module, batches, ranking = _assemble(config, dataset)
+    start_items(module.model, dataset, config.item_start)
     (folder / LAST).parent.mkdir(parents=True)
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
     tracker = _tracker(config, folder, workspace, None)
@@ -63,7 +64,7 @@ def train(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Trained
     }
     state = {"name": name, "mlflow_run_id": tracker.run_id, "dataset": lineage}
     write_json(folder / STATE, state)
-    return _run(config, folder, state, module, batches, tracker, workspace)
+    return _run(config, folder, state, module, batches, ranking, tracker, workspace)
 
 
 def resume(folder: Path, workspace: Workspace) -> Trained:
@@ -74,9 +75,9 @@ def resume(folder: Path, workspace: Workspace) -> Trained:
     if not (folder / STATE).is_file():
         raise InputError(f"{folder}: no {STATE} in it; train it anew")
     state = _read_state(folder)
-    module, batches = _assemble(config, dataset_of(state["dataset"]))
+    module, batches, ranking = _assemble(config, dataset_of(state["dataset"]))
     tracker = _tracker(config, folder, workspace, state["mlflow_run_id"])
-    return _run(config, folder, state, module, batches, tracker, workspace)
+    return _run(config, folder, state, module, batches, ranking, tracker, workspace)
 
 
 def retest(folder: Path) -> Trained:
@@ -90,11 +91,11 @@ def retest(folder: Path) -> Trained:
     return Trained(folder, tested, time.perf_counter() - started)
 
 
-def _assemble(config: DictConfig, dataset: Dataset) -> tuple[RetrieverModule, Batches]:
+def _assemble(config: DictConfig, dataset: Dataset) -> tuple[RetrieverModule, Batches, FullRanking]:
+    """Make all that a setting could be wrong for, before anything is written."""
     _check_device(config.trainer.accelerator)
     pl.seed_everything(config.seed, verbose=False)
     model = build_model(config, dataset)
-    start_items(model, dataset, config.item_start)
     batches = instantiate(
         config.batches, dataset=dataset, seed=config.seed, length=config.model.max_length
     )
@@ -106,7 +107,9 @@ def _assemble(config: DictConfig, dataset: Dataset) -> tuple[RetrieverModule, Ba
     count = torch.from_numpy(Catalogue.of(dataset).train_count)
     loss, optimizer = instantiate(config.loss), instantiate(config.optimizer)
     objective = Objective(**config.objective)
-    return RetrieverModule(model, loss, optimizer, count, config.seed, objective), batches
+    module = RetrieverModule(model, loss, optimizer, count, config.seed, objective)
+    averaging = averaged(config.averaging)
+    return module, batches, FullRanking(dataset, config.evaluation.exclude_seen, averaging)
 
 
 def _check_device(accelerator: str) -> None:
@@ -123,13 +126,12 @@ def _run(
     state: Mapping[str, Any],
     module: RetrieverModule,
     batches: Batches,
+    ranking: FullRanking,
     tracker: Tracker,
     workspace: Workspace,
 ) -> Trained:
     started = time.perf_counter()
     tracker.start(config, batches.dataset)
-    averaging = averaged(config.averaging)
-    ranking = FullRanking(batches.dataset, config.evaluation.exclude_seen, averaging)
     _fit(config, folder, module, batches, tracker, ranking)
     seconds = time.perf_counter() - started
     facts = {
