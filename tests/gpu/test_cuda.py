@@ -65,7 +65,7 @@ def test_every_layer_learns_in_bf16(
     learns(f"{SMALL} model/layer={layer} trainer.max_epochs=15", ring_csv, capsys)
 
 
-@pytest.mark.parametrize("parts", ["model.interests=3", "model.blend=true", "averaging=0.99"])
+@pytest.mark.parametrize("parts", ["model.interests=3", "model.blend=true", "averaging=1.5"])
 def test_every_part_learns_in_bf16(
     parts: str, workspace: Workspace, ring_csv: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

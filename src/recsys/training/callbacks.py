@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -98,14 +99,18 @@ def _line(trainer: pl.Trainer, figures: dict[str, float]) -> str:
     )
 
 
-def averaged(decay: float | None) -> EMAWeightAveraging | None:
-    """Return the exponential moving average of weights with this decay a step, if one is wanted."""
-    if decay is None:
+def averaged(epochs: float | None, steps: int) -> EMAWeightAveraging | None:
+    """Return the exponential moving average of weights that reaches back so many epochs, or None.
+
+    An epoch has `steps`. Counted in epochs, the average lags equally behind on small and large data.
+    """
+    if epochs is None:
         return None
-    if not 0 < decay < 1:
-        raise InputError(f"averaging={decay}: expected a decay between 0 and 1, or null")
-    every = AVERAGED_STEPS
-    return EMAWeightAveraging(use_buffers=False, decay=decay**every, update_every_n_steps=every)
+    if not epochs > 0:
+        raise InputError(f"averaging={epochs}: expected a number of epochs above 0, or null")
+    every = min(AVERAGED_STEPS, steps)
+    decay = math.exp(-every / (epochs * steps))
+    return EMAWeightAveraging(use_buffers=False, decay=decay, update_every_n_steps=every)
 
 
 def callbacks(

@@ -108,7 +108,7 @@ def _assemble(config: DictConfig, dataset: Dataset) -> tuple[RetrieverModule, Ba
     loss, optimizer = instantiate(config.loss), instantiate(config.optimizer)
     objective = Objective(**config.objective)
     module = RetrieverModule(model, loss, optimizer, count, config.seed, objective)
-    averaging = averaged(config.averaging)
+    averaging = averaged(config.averaging, batches.steps)
     return module, batches, FullRanking(dataset, config.evaluation.exclude_seen, averaging)
 
 
