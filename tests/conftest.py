@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from recsys.artifacts import Workspace
+from redis_server import RedisServer
 
 # Before anything loads OpenMP: models this small train faster on one thread than on several.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -61,6 +63,15 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     monkeypatch.setenv("RECSYS_HOME", str(tmp_path / "workspace"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return Workspace()
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A real redis-server that keeps what it acknowledged."""
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    with RedisServer(folder, appendonly="yes", appendfsync="always") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,8 @@ def write_tiny_bundle(
     has_time: bool = True,
     has_categories: bool = True,
     inputs: tuple[str, ...] = ("items", "lengths"),
+    ranker: onnx.ModelProto | None = None,
+    candidates: int = 20,
 ) -> Path:
     """Write a bundle: user u looked at items u + 1 to u + 3; the first items are most popular."""
     ids = item_ids(num_items)
@@ -92,11 +94,17 @@ def write_tiny_bundle(
         save_file({"vectors": vectors_ND}, scratch / "item_vectors.safetensors")
         onnx.save(encoder(vectors_ND, inputs), scratch / "encoder.onnx")
         _write_index(built.index, scratch / "index.faiss")
+        ranked = {}
+        if ranker is not None:
+            onnx.save(ranker, scratch / "ranker.onnx")
+            names = [value.name for value in ranker.graph.input]
+            ranked = {"ranker": {"inputs": names, "candidates": candidates}}
         facts = {"name": "tiny", "version": path.name, "model": "trajectory", "run": "none"}
         sizes = {"dim": dim, "interests": 1, "max_length": MAX_LENGTH}
         counts = {"num_items": num_items, "num_users": num_users, "has_time": has_time}
         more = {"encoder_inputs": list(inputs), "event_types": ["view"], "index": built.facts}
-        write_manifest(scratch, "bundle", **facts, **sizes, **counts, **more, self_test=[])
+        facts |= sizes | counts | more | ranked
+        write_manifest(scratch, "bundle", **facts, self_test=[])
     return path
 
 

@@ -167,10 +167,27 @@ def serve(arguments: Arguments) -> None:
     from recsys.serving.http import serve as serve_http
     from recsys.serving.settings import ServeSettings
 
-    names = ("host", "port", "threads", "max_body_bytes", "drain_seconds")
+    names = ServeSettings.__dataclass_fields__
     given = {name: getattr(arguments, name) for name in names}
     chosen = {name: value for name, value in given.items() if value is not None}
-    serve_http(ServeSettings(bundle=_bundle(arguments.bundle), **chosen), Workspace())
+    bundle = _bundle(chosen.get("bundle", ServeSettings.bundle))
+    serve_http(ServeSettings(**{**chosen, "bundle": bundle}), Workspace())
+
+
+def promote(arguments: Arguments) -> Outcome:
+    """Bundle → champion: of a running server, or of MLflow's registry."""
+    from recsys.serving.promote import find_bundle
+    from recsys.serving.promote import promote as ask
+
+    workspace = Workspace()
+    bundle = find_bundle(_bundle(arguments.bundle), workspace)
+    if arguments.server:
+        facts = ask(str(bundle), arguments.server, why=arguments.why)
+        return Outcome(f"{bundle.name} the champion", arguments.server, "recsys ui", facts)
+    from recsys.export.registry import promote as set_alias
+
+    uri = set_alias(bundle, workspace, arguments.name)
+    return Outcome(f"{uri} the champion", bundle, f"recsys serve --bundle {uri}", {"model": uri})
 
 
 def recommend(arguments: Arguments) -> Outcome:
@@ -271,13 +288,16 @@ def _add_compare(verbs: Any) -> None:
 
 def _add_serving(verbs: Any) -> None:
     about = "name, path, or models:/shop@champion"
+    from recsys.serving.settings import flags
+
     verb = _verb(verbs, "serve", serve, "bundle → answers over HTTP")
-    verb.add_argument("--bundle", default="latest", help=about)
-    verb.add_argument("--host")
-    verb.add_argument("--port", type=int)
-    verb.add_argument("--threads", type=int)
-    verb.add_argument("--max-body-bytes", type=int)
-    verb.add_argument("--drain-seconds", type=int)
+    for flag, options in flags():
+        verb.add_argument(flag, **options)
+    verb = _verb(verbs, "promote", promote, "bundle → champion, of a running server or in MLflow")
+    verb.add_argument("bundle", nargs="?", default="latest", metavar="BUNDLE | RUN")
+    verb.add_argument("--server", metavar="URL", help="a running server (key: RECSYS_API_KEY)")
+    verb.add_argument("--name", default="shop", help="registered model, without --server (shop)")
+    verb.add_argument("--why", default="", help="kept in the server's record")
     verb = _verb(verbs, "recommend", recommend, "one answer in the terminal, no server")
     verb.add_argument("--bundle", default="latest", help=about)
     verb.add_argument("--user", metavar="USER_ID")

@@ -44,6 +44,8 @@ class Histories:
     @classmethod
     def of(cls, parts: list[tuple[NDArray, NDArray, NDArray]]) -> Histories:
         """Join one (items, types, times) triple a history into a ragged batch."""
+        if len(parts) == 1:
+            return cls(*parts[0], np.array([0, len(parts[0][0])], np.int64))
         empty = np.zeros(0, np.int64)
         items, types, times = (
             np.concatenate(column) if parts else empty
@@ -54,6 +56,8 @@ class Histories:
 
     def last(self, count: int) -> Histories:
         """Return each history's newest `count` events."""
+        if self.lengths.max(initial=0) <= count:
+            return self
         kept = np.minimum(self.lengths, count)
         offsets = np.concatenate([[0], np.cumsum(kept)])
         source = np.repeat(self.offsets[1:] - offsets[1:], kept) + np.arange(offsets[-1])
@@ -67,8 +71,7 @@ def gap_bucket(milliseconds: NDArray[np.int64]) -> NDArray[np.int64]:
     array([ 1,  1,  2,  3, 18])
     """
     seconds = np.maximum(milliseconds, 0) // 1000
-    bits = np.frexp(seconds.astype(np.float64))[1].astype(np.int64)
-    return np.minimum(bits + 1, GAP_BUCKETS - 1)
+    return np.minimum(np.frexp(seconds)[1] + np.int64(1), GAP_BUCKETS - 1)
 
 
 def gaps_within(histories: Histories) -> NDArray[np.int64]:
@@ -82,6 +85,8 @@ def gaps_within(histories: Histories) -> NDArray[np.int64]:
 
 def seconds_within(histories: Histories) -> NDArray[np.int64]:
     """Return the whole seconds from each history's first event to each event: int64 [E]."""
+    if len(histories) == 1:
+        return (histories.times - histories.times[:1]) // 1000
     firsts = np.append(histories.times, 0)[histories.offsets[:-1]]
     return (histories.times - np.repeat(firsts, histories.lengths)) // 1000
 
@@ -122,7 +127,7 @@ def encode(
     kept = histories.last(max_length)
     lengths = kept.lengths
     shape = (len(kept), max(1, int(lengths.max(initial=1))))
-    at = (np.repeat(np.arange(len(kept)), lengths), _places(kept))
+    at = (np.repeat(np.arange(len(kept)), lengths), _places(kept)) if len(kept) != 1 else None
     last = np.where(lengths > 0, np.append(kept.times, 0)[kept.offsets[1:] - 1], -1)
     if recency is None:
         recency = np.full(len(kept), OWN_RECENCY, np.float32)
@@ -206,7 +211,11 @@ def _places(histories: Histories) -> NDArray[np.int64]:
     return np.arange(len(histories.items)) - np.repeat(histories.offsets[:-1], lengths)
 
 
-def _grids(histories: Histories, shape: tuple[int, int], at: tuple[NDArray, NDArray]) -> Arrays:
+Places = tuple[NDArray, NDArray] | None
+"""Row and column of each event in a grid; None where the grid is one row, filled from its start."""
+
+
+def _grids(histories: Histories, shape: tuple[int, int], at: Places) -> Arrays:
     flat = {
         "items": histories.items,
         "types": histories.types,
@@ -216,9 +225,10 @@ def _grids(histories: Histories, shape: tuple[int, int], at: tuple[NDArray, NDAr
     return {name: _scatter(shape, at, values) for name, values in flat.items()}
 
 
-def _scatter(
-    shape: tuple[int, int], at: tuple[NDArray, NDArray], flat: NDArray
-) -> NDArray[np.int64]:
+def _scatter(shape: tuple[int, int], at: Places, flat: NDArray) -> NDArray[np.int64]:
     grid = np.zeros(shape, np.int64)
-    grid[at] = flat
+    if at is None:
+        grid[0, : len(flat)] = flat
+    else:
+        grid[at] = flat
     return grid

@@ -10,7 +10,7 @@ import pytest
 
 from recsys.index import build as building
 from recsys.index.build import IndexSettings, build
-from recsys.index.search import ItemIndex
+from recsys.index.search import Gathered, ItemIndex, Masked
 from recsys.schema import InputError
 
 # B requests, H interests, D dim, N items
@@ -129,6 +129,63 @@ def test_excluded_and_allowed_together(index):
     found = index.search(QUERIES_BD[:, None], 5, excluded=excluded, allowed=allowed)
     for row, query in enumerate(QUERIES_BD):
         assert (found.indices_BK[row] == exact(query[None], 5, excluded[row], allowed)[0]).all()
+
+
+@pytest.mark.parametrize("interests", [1, 3])
+def test_a_batch_of_unlike_requests_equals_one_at_a_time(index, interests):
+    """What one request passes over changes nothing for another."""
+    queries_BHD = QUERIES_BD[:48].reshape(-1, interests, D)
+    outs = [{*exact(q, 37 * row)[0].tolist()} for row, q in enumerate(queries_BHD[:12])]
+    together = index.nearest(queries_BHD[:12], 20, outs)
+    for row, (hits, out) in enumerate(zip(together, outs, strict=True)):
+        assert index.nearest(queries_BHD[row][None], 20, [out])[0][0] == hits[0]
+        assert len(hits[0]) == 20
+
+
+@pytest.mark.parametrize("interests", [1, 3])
+@pytest.mark.parametrize("least", [0, 1500])
+def test_denied_items_are_passed_over_like_excluded_ones(index, interests, least):
+    """Also where it is the nearest ones that are denied: the search goes on until k remain."""
+    queries_BHD = QUERIES_BD[:48].reshape(-1, interests, D)
+    denied = exact(queries_BHD[0], 300)[0] if least == 0 else exact(queries_BHD[0], least)[0]
+    left = np.setdiff1d(np.arange(1, N + 1), denied)
+    subset = index.subset(left, exact=False)
+    out = exact(queries_BHD[0], 9, allowed=left)[0]
+    found = index.nearest(queries_BHD, 20, [set(out.tolist())] * len(queries_BHD), subset)
+    wanted = [exact(q, 20, out, allowed=left)[0] for q in queries_BHD]
+    hits = [np.isin(f, w).mean() for (f, _), w in zip(found, wanted, strict=True)]
+    assert all(len(f) == len(set(f)) == 20 and not np.isin(f, denied).any() for f, _ in found)
+    assert np.mean(hits) >= (1.0 if index.kind == "flat" else 0.95)
+    assert hits[0] == 1.0
+
+
+def test_a_subset_is_copied_where_it_is_narrow(index):
+    narrow, broad = index.subset(np.arange(1, 1501)), index.subset(np.arange(1, 1502))
+    assert isinstance(narrow, Gathered)
+    assert isinstance(broad, Masked)
+    assert (narrow.nbytes, broad.nbytes) == (1500 * (8 + 4 * D), N + 1)
+    asked = np.array([1, 1500, 1501, 1502, N])
+    assert narrow.holds(asked).tolist() == [True, True, False, False, False]
+    assert broad.holds(asked).tolist() == [True, True, True, False, False]
+    assert not index.subset(np.zeros(0, int)).holds(asked).any()
+
+
+def test_of_equal_items_the_most_popular_comes_first():
+    vectors_ND = np.repeat(clustered(5, 1), 4, axis=0)
+    index = ItemIndex(build(vectors_ND, {"kind": "flat"}).index, vectors_ND, {"kind": "flat"})
+    scores = np.round(vectors_ND @ vectors_ND[0], 4)
+    expected = np.lexsort((np.arange(20), -scores)) + 1
+    found = index.nearest(vectors_ND[:1, None], 7, [{2}])[0][0]
+    assert found == [i for i in expected.tolist() if i != 2][:7]
+
+
+def test_scores_of_some_items_and_of_all(index):
+    queries_HD = QUERIES_BD[:3]
+    true = (VECTORS_ND @ queries_HD.T).max(axis=1)
+    some = np.array([9, 1, N, 77])
+    np.testing.assert_allclose(index.score(queries_HD, some), true[some - 1], atol=1e-5)
+    np.testing.assert_allclose(index.score_all(queries_HD)[1:], true, atol=1e-5)
+    assert index.score(queries_HD, np.zeros(0, int)).shape == (0,)
 
 
 def test_fewer_than_k_exist(index):

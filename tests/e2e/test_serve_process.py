@@ -8,12 +8,9 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from pathlib import Path
 
 import httpx
 import msgspec
@@ -23,15 +20,10 @@ import pytest
 from recsys.artifacts import Workspace
 from recsys.serving.engine import Engine
 from recsys.serving.messages import Answer, RecommendRequest
+from serving_process import running, start
 from tiny_bundles import write_tiny_bundle
 
 MIB = 1 << 20
-
-
-class Running(NamedTuple):
-    process: subprocess.Popen[str]
-    printed: list[str]
-    url: str
 
 
 @pytest.fixture(scope="module")
@@ -42,35 +34,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return workspace
 
 
-def start(workspace: Workspace, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "recsys.serving", "--workspace", str(workspace.root)]
-    return subprocess.Popen(
-        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-@contextmanager
-def running(workspace: Workspace, *arguments: str) -> Iterator[Running]:
-    process = start(workspace, "--port", "0", *arguments)
-    guard = threading.Timer(60, process.kill)
-    guard.start()
-    try:
-        assert process.stdout
-        printed = [process.stdout.readline().rstrip() for _ in range(4)]
-        yield Running(process, printed, printed[1].split()[2])
-    finally:
-        guard.cancel()
-        process.kill()
-        process.communicate()
-
-
 def test_it_says_what_it_serves_and_the_next_command_works(workspace: Workspace) -> None:
     with running(workspace) as server:
         serving, listening, started, following = server.printed
         assert serving == f"Serving tiny-1 (500 items) from {workspace.find('bundle')}"
         assert listening.startswith("Listening on http://127.0.0.1:")
         assert 0 < float(started.split()[2]) < 60
-        assert 10 < int(started.split()[4]) < 1000
+        assert "1 worker, " in started
+        assert 10 < int(started.split()[6]) < 1000
         curl, *rest = shlex.split(following.removeprefix("Next: "))
         assert (curl, rest[0], rest[2]) == ("curl", "-s", "-d")
         answer = httpx.post(rest[1], content=rest[3]).json()
@@ -103,18 +74,22 @@ def test_a_signal_ends_it_cleanly(workspace: Workspace, stop: signal.Signals) ->
     assert "u1" not in err
 
 
-def test_a_body_of_50_mb_is_refused_without_being_kept(workspace: Workspace) -> None:
+def test_a_body_of_50_mb_is_refused_without_being_kept(
+    workspace: Workspace, tmp_path: Path
+) -> None:
     def parts() -> Iterator[bytes]:
         yield from (b" " * MIB for _ in range(50))
 
-    with running(workspace) as server, httpx.Client(base_url=server.url, timeout=30) as client:
+    # A state of its own: the log of another server would be worked on meanwhile.
+    with running(workspace, "--state", str(tmp_path)) as server, server.client() as client:
         client.post("/v1/recommend", json={})
-        before = psutil.Process(server.process.pid).memory_info().rss
+        worker = psutil.Process(server.process.pid).children()[0]
+        before = worker.memory_info().rss
         for body in (b" " * 50 * MIB, parts()):
             response = client.post("/v1/recommend", content=body)
             assert response.status_code == 413
             assert response.json()["error"]["code"] == "body_too_large"
-        grown = psutil.Process(server.process.pid).memory_info().rss - before
+        grown = worker.memory_info().rss - before
         assert grown < 20 * MIB
         assert client.get("/healthz").status_code == 200
 

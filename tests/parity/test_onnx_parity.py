@@ -24,6 +24,9 @@ BATCH = 32
 NUM_ITEMS, NUM_USERS = 300, 40
 LAYERS = sorted(path.stem for path in (config_dir() / "model" / "layer").glob("*.yaml"))
 SHIPPED = ["model=two_tower", *(f"model/layer={layer}" for layer in LAYERS)]
+ROTARY = "model/layer=attention model.layer.rotary=true"
+"""The setting under which attention's heads are turned, and so are not one node."""
+CASES = [*(f"{name}{rich}" for name in SHIPPED for rich in ("", ", all features")), ROTARY]
 
 
 def catalogue(rich: bool) -> Catalogue:
@@ -61,12 +64,12 @@ class Exported:
     encoder: Encoder
 
 
-@pytest.fixture(scope="module", params=[f"{n}{r}" for n in SHIPPED for r in ("", ", all features")])
+@pytest.fixture(scope="module", params=CASES)
 def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A model as its config makes it, with weights large enough to tell two answers apart."""
     name, _, rich = request.param.partition(", ")
     torch.manual_seed(0)
-    config = configure([name]).model
+    config = configure(name.split()).model
     if rich:
         named = {key: value for key, value in RICH.items() if key in config}
         config = OmegaConf.merge(config, named)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
-from starlette.testclient import TestClient
 
 from recsys.artifacts import Workspace
 from recsys.cli import main
@@ -14,8 +15,10 @@ from recsys.data.dataset import Dataset
 from recsys.evaluation.protocol import requests
 from recsys.evaluation.scorers import EvaluationBatch, ModelScorer
 from recsys.schema import EVENT_TYPES
-from recsys.serving.app import create_app
-from recsys.serving.engine import Engine
+from recsys.serving.app import App
+from recsys.serving.deployment import Deployer, Record
+from recsys.serving.service import Service
+from recsys.serving.settings import ServeSettings
 from recsys.training.runs import load_run
 
 USERS, K = 1000, 20
@@ -47,12 +50,34 @@ def test_http_top_20_is_the_offline_top_20(
     assert len(users) == USERS
     batch = EvaluationBatch(users, run.dataset.histories(users, places), now)
     offline = top(ModelScorer(run.model).score(batch).numpy(), batch, exclude_seen)
-    with TestClient(create_app(Engine.load(workspace.find("bundle")))) as client:
-        for b in range(USERS):
-            body = {"history": history(run.dataset, batch, b), "k": K, "now": int(now[b])}
-            answer = client.post("/v1/recommend", json=body | {"exclude_seen": exclude_seen})
-            assert answer.status_code == 200, answer.text
-            check(answer.json(), *offline[b], run.dataset)
+    bodies = [
+        {"history": history(run.dataset, batch, b), "k": K, "now": int(now[b])}
+        for b in range(USERS)
+    ]
+    answers = served(workspace, [body | {"exclude_seen": exclude_seen} for body in bodies])
+    for answer, (scores_N, best_K) in zip(answers, offline, strict=True):
+        check(answer, scores_N, best_K, run.dataset)
+
+
+def served(workspace: Workspace, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the answers of an application in this process, asked one after the other."""
+    folder = workspace.root / "serving"
+    Record(folder).begin(workspace.find("bundle"))
+    deployer = Deployer(folder)
+    service = Service(deployer, ServeSettings())
+
+    async def ask() -> list[dict[str, Any]]:
+        transport = httpx.ASGITransport(App(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            answers = [await client.post("/v1/recommend", json=body) for body in bodies]
+        assert {answer.status_code for answer in answers} == {200}
+        return [answer.json() for answer in answers]
+
+    try:
+        return asyncio.run(ask())
+    finally:
+        service.close()
+        deployer.close()
 
 
 def top(

@@ -12,7 +12,7 @@ import torch
 from recsys.data.catalogue import Catalogue, Codes
 from recsys.history import Histories, encode, pack
 from recsys.models import Trajectory, TwoTower
-from recsys.models.layers import Attention, Filtered, Gated, Hstu, Recurrent
+from recsys.models.layers import Attention, Filtered, Gated, Hstu, Path, Recurrent
 from recsys.schema import InputError
 
 N = 40
@@ -34,8 +34,11 @@ INTERESTS = {"interests": 3, "blend": 2}
 LAYERS = {
     "attention": Attention,
     "rotary": partial(Attention, rotary=True),
+    "post": partial(Attention, norm="post"),
     "filtered": Filtered,
+    "filtered, rotary": partial(Filtered, rotary=True),
     "gated": Gated,
+    "gated, rotary": partial(Gated, rotary=True),
     "hstu": Hstu,
     "recurrent": Recurrent,
 }
@@ -117,6 +120,56 @@ def test_no_position_reads_what_follows_it(name: str, has_time: bool) -> None:
     where = {(int(p) // 12, int(p) % 12) for p in flat[moved]}
     assert where
     assert all(r == 0 and c >= 5 and batch["segments"][r, c] == segment for r, c in where)
+
+
+class Running(torch.nn.Module):
+    """A layer that knows nothing of single positions: a running mean behind a residual."""
+
+    reads_times = False
+
+    def __init__(self, dim: int, max_length: int, dropout: float) -> None:
+        super().__init__()
+
+    def forward(self, hidden_BLD: torch.Tensor, path: Path) -> torch.Tensor:
+        return hidden_BLD + hidden_BLD.cumsum(dim=1) / (path.positions + 1)[:, None]
+
+
+def last_states(model: Trajectory, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return the states and the mean at each history's end: of all positions, then the end."""
+    newest_B = batch["lengths"] - 1
+    rows = torch.arange(len(newest_B))
+    return tuple(part[rows, newest_B] for part in model._read(batch, Path.padded(batch)))
+
+
+@pytest.mark.parametrize("interests", [1, 3])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("layer", [*LAYERS, "running"])
+def test_the_newest_position_alone_is_what_it_is_among_all(
+    layer: str, depth: int, interests: int
+) -> None:
+    torch.manual_seed(0)
+    make = LAYERS.get(layer, Running)
+    model = Trajectory(
+        catalogue(), 12, 16, layers=depth, layer=make, interests=interests, blend=True
+    ).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    arrays = encode(some_histories(9), 12, np.full(9, 2 * 10**9))
+    batch = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    assert len(set(batch["lengths"].tolist())) > 3
+    with torch.no_grad():
+        states_BHD, mean_BD = last_states(model, batch)
+        alone = model._read(batch, Path.padded(batch), batch["lengths"] - 1)
+    torch.testing.assert_close(alone[0][:, 0], states_BHD, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alone[1][:, 0], mean_BD, atol=1e-5, rtol=1e-5)
+
+
+def test_serving_computes_the_last_layer_for_one_position() -> None:
+    model, widths = models()["attention"], []
+    for layer in model.layers:
+        layer.feedforward.register_forward_hook(lambda *call: widths.append(call[1][0].shape[1]))
+    query(model, some_histories().last(7))
+    assert widths == [7, 1]
 
 
 @pytest.mark.parametrize("name", ["trajectory", "interests", *LAYERS])

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ ARTIFACT = "bundle"
 EXPERIMENT = "recsys-bundles"
 FINGERPRINT, VERSION = "recsys.fingerprint", "recsys.bundle"
 """Tags of a registered version: they say which bundle directory it is a copy of."""
+_PLAIN = re.compile(r"[^'\"`\\]+")
+"""Names that a search of MLflow's can quote."""
 
 
 def register(bundle: Path, workspace: Workspace, name: str, promote: bool = False) -> str:
@@ -59,6 +62,30 @@ def resolve(uri: str, workspace: Workspace) -> Path:
         if not local.is_dir():
             _download(version, local)
     return Bundle.open(local).path
+
+
+def version_of(uri: str, workspace: Workspace) -> str:
+    """Return `models:/NAME/VERSION` of what an alias means now; raise InputError where nothing."""
+    with _store(workspace) as client:
+        version = _find(client, uri)
+    return f"{SCHEME}{version.name}/{version.version}"
+
+
+def promote(bundle: Path, workspace: Workspace, name: str) -> str:
+    """Point the alias `champion` of model `name` at the version with this bundle's content.
+
+    Returns that version; a bundle that is not registered under the name is, first. Raises
+    InputError where the bundle is damaged.
+    """
+    opened = Bundle.open(bundle)
+    with _store(workspace) as client:
+        same = f"name='{name}' and tags.`{FINGERPRINT}`='{opened.manifest['fingerprint']}'"
+        found = client.search_model_versions(same) if _PLAIN.fullmatch(name) else []
+        if found:
+            newest = str(max(int(version.version) for version in found))
+            client.set_registered_model_alias(name, CHAMPION, newest)
+            return newest
+    return register(bundle, workspace, name, promote=True)
 
 
 def signature() -> ModelSignature:

@@ -50,7 +50,7 @@ class IndexSettings:
     """
 
     kind: str = "auto"
-    exact_up_to: int = 100_000
+    exact_up_to: int = 20_000
     target_recall: float = 0.99
     nlist: int | None = None
     neighbours: int = 32

@@ -22,6 +22,7 @@ from recsys.history import Histories
 from recsys.schema import InputError
 
 ENCODER = "encoder.onnx"
+RANKER = "ranker.onnx"
 VECTORS = "item_vectors.safetensors"
 INDEX = "index.faiss"
 ITEMS = "items.parquet"
@@ -29,7 +30,7 @@ USERS = "users.parquet"
 EVENTS = "events"
 EVENT_ARRAYS = ("items", "types", "times", "offsets")
 FILES = (ENCODER, VECTORS, INDEX, ITEMS, USERS, *(f"{EVENTS}/{name}.npy" for name in EVENT_ARRAYS))
-"""What every bundle holds beside its manifest."""
+"""What every bundle holds beside its manifest; one with a ranker holds `RANKER` too."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,17 @@ class Bundle:
     def encoder_path(self) -> Path:
         """Return the ONNX graph's path."""
         return self.path / ENCODER
+
+    @property
+    def ranker(self) -> dict[str, Any] | None:
+        """The manifest's entry of the ranker, its `inputs` and `candidates`; None without one."""
+        entry: dict[str, Any] | None = self.manifest.get("ranker")
+        return entry
+
+    @property
+    def ranker_path(self) -> Path:
+        """Return the ranker's path, where there is one."""
+        return self.path / RANKER
 
     @property
     def index_path(self) -> Path:
@@ -218,8 +230,9 @@ def _map_array(file: Path) -> NDArray[Any]:
 
 
 def _require_files(path: Path, manifest: dict[str, Any]) -> None:
-    missing = [name for name in FILES if not (path / name).is_file()]
-    unlisted = [name for name in FILES if name not in manifest.get("files", {})]
+    expected = (*FILES, RANKER) if manifest.get("ranker") else FILES
+    missing = [name for name in expected if not (path / name).is_file()]
+    unlisted = [name for name in expected if name not in manifest.get("files", {})]
     if missing:
         raise InputError(
             f"{path}: not a whole bundle: {', '.join(missing)} missing; copy it again from its "

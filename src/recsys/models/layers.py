@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -23,16 +23,18 @@ Norm = Literal["pre", "post"]
 
 @dataclass(frozen=True)
 class Path:
-    """What a layer knows of the path beside its hidden states.
+    """What a layer knows of the path beside its hidden states, and which positions are asked for.
 
     positions: int64 [B, L] or [L], places within the history; times: int64 [B, L], seconds since
     the history's first event, or None; segments: int64 [B, L], which history of a packed row a
-    position belongs to (0: none), or None where each row is one right-padded history.
+    position belongs to (0: none), or None where each row is one right-padded history; newest:
+    int64 [B], the one position of each history to answer for, or None where all are asked for.
     """
 
     positions: Tensor
     times: Tensor | None = None
     segments: Tensor | None = None
+    newest: Tensor | None = None
 
     @classmethod
     def packed(cls, batch: Mapping[str, Tensor]) -> Path:
@@ -45,9 +47,28 @@ class Path:
         items_BL = batch["items"]
         return cls(torch.arange(items_BL.shape[1], device=items_BL.device), batch.get("times"))
 
+    def at(self, newest_B: Tensor) -> Path:
+        """Return the same path, asked for one position of each right-padded history alone."""
+        assert self.segments is None
+        return replace(self, newest=newest_B)
+
+    def asked(self, values: Tensor) -> Tensor:
+        """Return what is asked for of values [B, L, …]: all of them, or [B, 1, …]."""
+        if self.newest is None:
+            return values
+        index = self.newest.view(-1, *[1] * (values.ndim - 1)).expand(-1, 1, *values.shape[2:])
+        return values.gather(1, index)
+
+    @property
+    def asked_positions(self) -> Tensor:
+        """Return the places asked for: int64 [B, L], [L] or [B, 1]."""
+        return self.positions if self.newest is None else self.newest[:, None]
+
     @cached_property
     def visible(self) -> Tensor | None:
-        """Which positions each may read: bool [B, 1, L, L]; None means all up to itself."""
+        """What each asked position may read: bool [B, 1, L, L] or [B, 1, 1, L]; None: its past."""
+        if self.newest is not None:
+            return (self.positions <= self.newest[:, None])[:, None, None]
         if self.segments is None:
             return None
         same_BLL = self.segments[:, :, None] == self.segments[:, None, :]
@@ -66,15 +87,18 @@ class Path:
         """Return softmax attention over what each position may read."""
         # Dropping attention probabilities costs a fused kernel and buys no quality.
         bias = None if self.bias is None else self.bias.to(query_BHLK.dtype)
+        # One query a history reads a mask without NaN: it always sees its own position.
+        mask = bias if self.newest is None else self.visible
         return F.scaled_dot_product_attention(
-            query_BHLK, key_BHLK, value_BHLK, attn_mask=bias, is_causal=bias is None
+            query_BHLK, key_BHLK, value_BHLK, attn_mask=mask, is_causal=mask is None
         )
 
     def mean(self, hidden_BLD: Tensor) -> Tensor:
-        """Return the mean over what each position may read: [B, L, D]."""
+        """Return the mean over what each asked position may read: [B, L, D] or [B, 1, D]."""
         value_B1LD = hidden_BLD[:, None]
         nothing = torch.zeros_like(value_B1LD[..., :1])
-        return self.attend(nothing, nothing, value_B1LD).squeeze(1)
+        query = torch.zeros_like(self.asked(hidden_BLD)[:, None, :, :1])
+        return self.attend(query, nothing, value_B1LD).squeeze(1)
 
 
 class Attention(nn.Module):
@@ -85,7 +109,7 @@ class Attention(nn.Module):
     instead of leaving order to the input alone.
     """
 
-    reads_times = False
+    reads_times, answers_asked = False, True
 
     def __init__(
         self,
@@ -107,13 +131,14 @@ class Attention(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
-        """Return hidden_BLD."""
+        """Return hidden_BLD of the positions asked for."""
         if self.norm == "post":
-            hidden_BLD = self.mixer_norm(hidden_BLD + self.dropout(self.mixer(hidden_BLD, path)))
+            mixed_BLD = self.dropout(self.mixer(hidden_BLD, path))
+            hidden_BLD = self.mixer_norm(path.asked(hidden_BLD) + mixed_BLD)
             fed_BLD = self.dropout(self.feedforward(hidden_BLD))
             return self.feedforward_norm(hidden_BLD + fed_BLD)
         mixed_BLD = self.mixer(self.mixer_norm(hidden_BLD), path)
-        hidden_BLD = hidden_BLD + self.dropout(mixed_BLD)
+        hidden_BLD = path.asked(hidden_BLD) + self.dropout(mixed_BLD)
         return hidden_BLD + self.dropout(self.feedforward(self.feedforward_norm(hidden_BLD)))
 
 
@@ -149,7 +174,7 @@ class Gated(nn.Module):
     Source: LiGR (Borisyuk et al. 2024, section 3.2), as eSASRec (Tikhonovich et al. 2025) uses it.
     """
 
-    reads_times = False
+    reads_times, answers_asked = False, True
 
     def __init__(
         self,
@@ -169,8 +194,9 @@ class Gated(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
-        """Return hidden_BLD."""
+        """Return hidden_BLD of the positions asked for."""
         mixed_BLD = self.mixer(self.mixer_norm(hidden_BLD), path)
+        hidden_BLD = path.asked(hidden_BLD)
         hidden_BLD = hidden_BLD + self.dropout(mixed_BLD) * self.mixer_gate(hidden_BLD).sigmoid()
         gate_BLF, value_BLF = self.widen(self.feedforward_norm(hidden_BLD)).chunk(2, dim=-1)
         fed_BLD = self.narrow(self.dropout(F.silu(gate_BLF) * value_BLF))
@@ -184,7 +210,7 @@ class Hstu(nn.Module):
     log of the seconds between two events, so that no bucket's edge can differ between runtimes.
     """
 
-    reads_times = True
+    reads_times, answers_asked = True, True
     WAVES = 8
 
     def __init__(self, dim: int, max_length: int, dropout: float = 0.2, heads: int = 2) -> None:
@@ -197,22 +223,35 @@ class Hstu(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
-        """Return hidden_BLD."""
-        parts = F.silu(self.project_in(self.norm(hidden_BLD))).unflatten(-1, (4, self.heads, -1))
-        gate, value, query, key = parts.permute(2, 0, 3, 1, 4)
+        """Return hidden_BLD of the positions asked for."""
+        parts_BLD = self._projected(self.norm(hidden_BLD), path)
+        gate, value, query, key = (_heads(F.silu(part), self.heads) for part in parts_BLD)
         weights_BHLL = F.silu(query @ key.transpose(-1, -2) + self._bias(path)) / self.max_length
         attended_BHLK = (weights_BHLL * self._visible(path)) @ value
         attended_BLD = self.attended_norm(attended_BHLK.transpose(1, 2).flatten(2))
-        return hidden_BLD + self.dropout(
+        return path.asked(hidden_BLD) + self.dropout(
             self.project_out(attended_BLD * gate.transpose(1, 2).flatten(2))
         )
 
+    def _projected(self, normed_BLD: Tensor, path: Path) -> tuple[Tensor, ...]:
+        """Return gate, value, query and key [B, L, D]: gate and query only where asked for."""
+        if path.newest is None:
+            return self.project_in(normed_BLD).chunk(4, dim=-1)
+        asked_B1D, dim = path.asked(normed_BLD), normed_BLD.shape[-1]
+        read = (asked_B1D, normed_BLD, asked_B1D, normed_BLD)
+        return tuple(
+            _project(self.project_in, input_BLD, slice(part * dim, (part + 1) * dim))
+            for part, input_BLD in enumerate(read)
+        )
+
     def _bias(self, path: Path) -> Tensor:
-        places = path.positions if path.positions.ndim == 2 else path.positions[None]
-        back_BLL = (places[:, :, None] - places[:, None, :]).clamp(min=0)
+        both = path.asked_positions, path.positions
+        asked, places = (p if p.ndim == 2 else p[None] for p in both)
+        back_BLL = (asked[:, :, None] - places[:, None, :]).clamp(min=0)
         bias_BLLH = self.by_place(back_BLL)
         if path.times is not None:
-            ago_BLL = (path.times[:, :, None] - path.times[:, None, :]).clamp(min=0)
+            ago_BLL = path.asked(path.times)[:, :, None] - path.times[:, None, :]
+            ago_BLL = ago_BLL.clamp(min=0)
             bias_BLLH = bias_BLLH + self.by_time(_waves(ago_BLL, self.WAVES))
         return bias_BLLH.permute(0, 3, 1, 2)
 
@@ -228,7 +267,7 @@ class Recurrent(nn.Module):
     Source: GRU4Rec (Hidasi et al. 2016, section 3), trained on every position.
     """
 
-    reads_times = False
+    reads_times, answers_asked = False, True
 
     def __init__(self, dim: int, max_length: int, dropout: float = 0.2) -> None:
         super().__init__()
@@ -237,12 +276,12 @@ class Recurrent(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
-        """Return hidden_BLD."""
+        """Return hidden_BLD of the positions asked for."""
         input_BLD = self.norm(hidden_BLD)
         if torch.onnx.is_in_onnx_export():
-            return hidden_BLD + self._as_one_node(input_BLD)
+            return path.asked(hidden_BLD) + path.asked(self._as_one_node(input_BLD))
         if path.segments is None:
-            return hidden_BLD + self.dropout(self.gru(input_BLD)[0])
+            return path.asked(hidden_BLD) + self.dropout(path.asked(self.gru(input_BLD)[0]))
         real_BL = path.segments > 0
         started_P = (path.positions[real_BL] == 0).long().cumsum(0) - 1
         at = started_P, path.positions[real_BL]
@@ -279,12 +318,37 @@ class SelfAttention(nn.Module):
         self.rotary = Rotary(dim // heads, rotary_length) if rotary_length else None
 
     def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
-        """Return hidden_BLD."""
-        parts = self.project_in(hidden_BLD).unflatten(-1, (3, self.heads, -1))
-        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        """Return hidden_BLD of the positions asked for."""
+        query_BLD, key_BLD, value_BLD = self._projected(hidden_BLD, path)
+        if torch.onnx.is_in_onnx_export() and self.rotary is None:
+            return self.project_out(self._as_one_node(query_BLD, key_BLD, value_BLD, path))
+        query, key, value = (_heads(part, self.heads) for part in (query_BLD, key_BLD, value_BLD))
         if self.rotary is not None:
-            query, key = self.rotary(query, path), self.rotary(key, path)
+            query = self.rotary(query, path.asked_positions)
+            key = self.rotary(key, path.positions)
         return self.project_out(path.attend(query, key, value).transpose(1, 2).flatten(2))
+
+    def _projected(self, hidden_BLD: Tensor, path: Path) -> tuple[Tensor, ...]:
+        """Return query, key and value [B, L, D], the query only where asked for."""
+        if path.newest is None:
+            return self.project_in(hidden_BLD).chunk(3, dim=-1)
+        dim = hidden_BLD.shape[-1]
+        query_B1D = _project(self.project_in, path.asked(hidden_BLD), slice(dim))
+        others_BLD = _project(self.project_in, hidden_BLD, slice(dim, None))
+        return query_B1D, *others_BLD.chunk(2, dim=-1)
+
+    def _as_one_node(self, query: Tensor, key: Tensor, value: Tensor, path: Path) -> Tensor:
+        """Return the attention as ONNX's own: without the reshaping of heads, a tenth faster."""
+        mask = () if path.visible is None else (path.visible,)
+        heads, causal = self.heads, int(not mask)
+        return torch.onnx.ops.symbolic(
+            "Attention",
+            (query, key, value, *mask),
+            {"q_num_heads": heads, "kv_num_heads": heads, "is_causal": causal},
+            dtype=query.dtype,
+            shape=query.shape,
+            version=23,
+        )
 
 
 class Rotary(nn.Module):
@@ -299,10 +363,10 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angles_LK.cos().repeat(1, 2), persistent=False)
         self.register_buffer("sin", angles_LK.sin().repeat(1, 2), persistent=False)
 
-    def forward(self, heads_BHLK: Tensor, path: Path) -> Tensor:
-        """Return the heads turned: [B, H, L, K]."""
-        cos, sin = (self.get_buffer(name)[path.positions] for name in ("cos", "sin"))
-        if path.positions.ndim == 2:
+    def forward(self, heads_BHLK: Tensor, positions: Tensor) -> Tensor:
+        """Return the heads of `positions`, [L] or [B, L], turned: [B, H, L, K]."""
+        cos, sin = (self.get_buffer(name)[positions] for name in ("cos", "sin"))
+        if positions.ndim == 2:
             cos, sin = cos[:, None], sin[:, None]
         left, right = heads_BHLK.chunk(2, dim=-1)
         return heads_BHLK * cos + torch.cat([-right, left], dim=-1) * sin
@@ -333,8 +397,9 @@ class CausalFilter(nn.Module):
         self.norm, self.dropout = nn.LayerNorm(dim), Dropout(dropout)
 
     def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
-        """Return the filtered course, back on the scale of its input."""
-        slow_BLD = self._average(hidden_BLD, path)
+        """Return the filtered course where asked for, back on the scale of its input."""
+        slow_BLD = path.asked(self._average(hidden_BLD, path))
+        hidden_BLD = path.asked(hidden_BLD)
         filtered_BLD = slow_BLD + self.rest.square() * (hidden_BLD - slow_BLD)
         return self.norm(self.dropout(filtered_BLD) + hidden_BLD)
 
@@ -348,6 +413,16 @@ class CausalFilter(nn.Module):
             total_BLD = total_BLD + there_BL1 * weights_KD[back] * earlier_BLD
             weight_BLD = weight_BLD + there_BL1 * weights_KD[back]
         return total_BLD / weight_BLD
+
+
+def _heads(part_BLD: Tensor, heads: int) -> Tensor:
+    """Split a part of a projection into its heads: [B, H, L, K]."""
+    return part_BLD.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _project(linear: nn.Linear, hidden_BLD: Tensor, rows: slice) -> Tensor:
+    """Return some of a projection's outputs."""
+    return F.linear(hidden_BLD, linear.weight[rows], linear.bias[rows])
 
 
 def _update_first(gates: Tensor) -> Tensor:

@@ -32,14 +32,16 @@ class Interests(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
-        """Return interests_BLHD at every position."""
-        query_BHLD = self.query(hidden_BLD)[:, None] + self.seeds[:, None]
+        """Return interests_BLHD at every position asked for."""
+        asked_BLD = path.asked(hidden_BLD)
+        query_BHLD = self.query(asked_BLD)[:, None] + self.seeds[:, None]
         tens_BL1 = path.positions.expand(hidden_BLD.shape[:2])[..., None].to(hidden_BLD.dtype) / 10
-        keys = self.key(torch.cat([hidden_BLD, tens_BL1], dim=-1))[:, None].expand_as(query_BHLD)
-        values = hidden_BLD[:, None].expand_as(query_BHLD)
+        keys_B1LD = self.key(torch.cat([hidden_BLD, tens_BL1], dim=-1))[:, None]
+        whole = (-1, len(self.seeds), -1, -1)
+        keys, values = keys_B1LD.expand(whole), hidden_BLD[:, None].expand(whole)
         pooled_BLHD = path.attend(query_BHLD, keys, values).transpose(1, 2)
-        turned_BLHD = self.turn(hidden_BLD).unflatten(-1, (len(self.seeds), -1))
-        return self.norm(hidden_BLD[:, :, None] + pooled_BLHD + turned_BLHD)
+        turned_BLHD = self.turn(asked_BLD).unflatten(-1, (len(self.seeds), -1))
+        return self.norm(asked_BLD[:, :, None] + pooled_BLHD + turned_BLHD)
 
 
 class Blend(nn.Module):

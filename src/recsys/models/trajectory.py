@@ -86,11 +86,11 @@ class Trajectory(nn.Module):
     def forward(self, *arrays: Tensor) -> Tensor:
         """Return queries_BHD for right-padded histories; `arrays` in the order of `inputs`."""
         batch = dict(zip(self.inputs, arrays, strict=True))
-        hidden_BLHD, mean_BLD = self._read(batch, Path.padded(batch))
-        last_B = (batch["lengths"] - 1).clamp(min=0)
-        query_BHD = _at(hidden_BLHD, last_B)
+        newest_B = (batch["lengths"] - 1).clamp(min=0)
+        hidden_B1HD, mean_B1D = self._read(batch, Path.padded(batch), newest_B)
+        query_BHD = hidden_B1HD[:, 0]
         if self.blend is not None:
-            query_BHD = self.blend(query_BHD, _at(mean_BLD, last_B), batch["recency"])
+            query_BHD = self.blend(query_BHD, mean_B1D[:, 0], batch["recency"])
         return query_BHD if self.context is None else self.context(query_BHD, batch)
 
     def training_pairs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -120,17 +120,30 @@ class Trajectory(nn.Module):
             vectors = vectors + part
         return vectors
 
-    def _read(self, batch: Mapping[str, Tensor], path: Path) -> tuple[Tensor, Tensor]:
-        """Return each position's interests hidden_BLHD, and the mean of the path up to it."""
+    def _read(
+        self, batch: Mapping[str, Tensor], path: Path, newest_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return each position's interests hidden_BLHD, and the mean of the path up to it.
+
+        With `newest_B` those of one position a history alone, [B, 1, …], for which the last layer,
+        or the pooling of interests, leaves out what no other position needs.
+        """
+        asked = path if newest_B is None else path.at(newest_B)
         events_BLD = self._events(batch, path)
-        hidden_BLD = self.dropout(events_BLD)
-        for layer in self.layers:
-            hidden_BLD = layer(hidden_BLD, path)
-        hidden_BLD = self.norm(hidden_BLD)
-        mean_BLD = hidden_BLD if self.blend is None else path.mean(events_BLD)
+        hidden_BLD = self._layers(self.dropout(events_BLD), path, asked)
+        mean_BLD = hidden_BLD if self.blend is None else asked.mean(events_BLD)
         if self.interests is None:
             return hidden_BLD[:, :, None], mean_BLD
-        return self.interests(hidden_BLD, path), mean_BLD
+        return self.interests(hidden_BLD, asked), mean_BLD
+
+    def _layers(self, hidden_BLD: Tensor, path: Path, asked: Path) -> Tensor:
+        """Return the normed states: of all positions where interests pool them, else as asked."""
+        wanted = asked if self.interests is None else path
+        for place, layer in enumerate(self.layers, 1):
+            if place == len(self.layers) and getattr(layer, "answers_asked", False):
+                return self.norm(layer(hidden_BLD, wanted))
+            hidden_BLD = layer(hidden_BLD, path)
+        return self.norm(wanted.asked(hidden_BLD))
 
     def _events(self, batch: Mapping[str, Tensor], path: Path) -> Tensor:
         events = self.vectors_of(batch["items"])
@@ -143,12 +156,6 @@ class Trajectory(nn.Module):
         if self.gaps is not None:
             events = events + self.gaps(batch["gaps"])
         return events if self.input_norm is None else self.input_norm(events)
-
-
-def _at(values: Tensor, place_B: Tensor) -> Tensor:
-    """Return values [B, L, …] at one place each: [B, …]."""
-    index = place_B.view(-1, *[1] * (values.ndim - 1)).expand(-1, 1, *values.shape[2:])
-    return values.gather(1, index).squeeze(1)
 
 
 def _inputs(

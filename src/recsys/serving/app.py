@@ -1,266 +1,259 @@
-"""The HTTP application: JSON on the event loop, the model on a few threads beside it."""
+"""The HTTP application: routes, who may call them, and what each outcome looks like."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import cast
 
 import msgspec
 import structlog
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
-from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from recsys.schema import InputError
 from recsys.serving import metrics, openapi
-from recsys.serving.engine import Engine, UnknownItem, use_one_core
+from recsys.serving.admin import ADMIN_ROUTES
+from recsys.serving.asgi import Header, Receive, Reply, Request, Route, Routes, Scope, Send, reply
+from recsys.serving.engine import UnknownItem
+from recsys.serving.guard import Refusal
+from recsys.serving.intake import Conflict, single
 from recsys.serving.messages import (
-    Answer,
+    MAX_EVENTS,
     AnswerBatch,
+    ErasedAnswer,
     ErrorAnswer,
+    Event,
+    EventType,
+    KeptEvent,
     MalformedJSON,
     Problem,
     RecommendBatch,
     RecommendRequest,
     SimilarQuery,
     Status,
+    UserAnswer,
     converted,
     decoded,
 )
-from recsys.serving.settings import ServeSettings
+from recsys.serving.service import Overloaded, Service, check_k
+from recsys.serving.state import StateUnavailable
 
 log = structlog.get_logger("recsys.serving")
-Result = TypeVar("Result")
-ENCODER = msgspec.json.Encoder()
 REQUEST = msgspec.json.Decoder(RecommendRequest)
 BATCH = msgspec.json.Decoder(RecommendBatch)
+EVENT = msgspec.json.Decoder(Event)
+EVENTS = msgspec.json.Decoder(list[Event])
 OTHER = "other"
 """Route label of requests for paths that do not exist: their own text would be without bound."""
 
-
-class BodyTooLarge(InputError):
-    """A body over the limit; none of it was kept."""
-
-
 REFUSALS: tuple[tuple[type[Exception], int, str], ...] = (
     (MalformedJSON, 400, "malformed_json"),
-    (BodyTooLarge, 413, "body_too_large"),
     (UnknownItem, 404, "unknown_item"),
+    (Conflict, 409, "conflict"),
     (InputError, 422, "invalid_request"),
-    (ClientDisconnect, 400, "disconnected"),
 )
 """Whose fault an exception is: the first that fits decides, and any other is the server's."""
-CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
-class Service:
-    """What a running server holds: the engine in use, its threads, its numbers."""
-
-    def __init__(self, engine: Engine, settings: ServeSettings) -> None:
-        self.settings = settings
-        self.metrics = metrics.Metrics()
-        self.pool = ThreadPoolExecutor(settings.threads, "engine", initializer=use_one_core)
-        self.stopping = False
-        self.use(engine)
-
-    def use(self, engine: Engine) -> None:
-        """Answer with `engine` from the next request on."""
-        self.engine = engine
-        self.metrics.serving(engine.version, str(engine.bundle.manifest["model"]))
-
-    async def run(self, work: Callable[..., Result], *inputs: object) -> Result:
-        """Call the engine on one of the service's threads."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, work, *inputs)
-
-    async def recommend(self, requests: list[RecommendRequest]) -> list[Answer]:
-        """Check the server's own limits, then answer."""
-        for request in requests:
-            check_limits(request, self.settings)
-        answers = await self.run(self.engine.recommend, requests)
-        self.metrics.answered(answers)
-        return answers
+RETRY: tuple[Header, ...] = ((b"retry-after", b"1"),)
 
 
-def check_limits(request: RecommendRequest, settings: ServeSettings) -> None:
-    """Raise InputError where a request asks for more than this server was set to give."""
-    check_k(request.k, settings)
-    if request.history and len(request.history) > settings.max_history:
-        raise InputError(
-            f"history: {len(request.history)} events are over this server's limit of "
-            f"{settings.max_history}; send the newest"
-        )
-
-
-def check_k(k: int, settings: ServeSettings) -> None:
-    """Raise InputError where `k` is over what this server was set to give."""
-    if k > settings.max_k:
-        raise InputError(f"k: {k} is over this server's limit of {settings.max_k}")
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """Return the body, or raise BodyTooLarge before holding more than `limit` bytes of it."""
-    parts, size = [], 0
-    if int(request.headers.get("content-length", 0)) > limit:
-        raise _too_large(limit)
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise _too_large(limit)
-        parts.append(part)
-    return b"".join(parts)
-
-
-def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body is larger than this server's limit of {limit} bytes")
-
-
-async def recommend(service: Service, request: Request) -> Response:
+async def recommend(service: Service, request: Request) -> Reply:
     """POST /v1/recommend."""
-    asked = decoded(REQUEST, await read_body(request, service.settings.max_body_bytes))
-    return respond((await service.recommend([asked]))[0])
+    asked = decoded(REQUEST, await _body(service, request))
+    request.answers = await service.recommend([asked])
+    return reply(request.answers[0])
 
 
-async def recommend_batch(service: Service, request: Request) -> Response:
+async def recommend_batch(service: Service, request: Request) -> Reply:
     """POST /v1/recommend/batch."""
-    asked = decoded(BATCH, await read_body(request, service.settings.max_body_bytes))
-    return respond(AnswerBatch(await service.recommend(asked.requests)))
+    asked = decoded(BATCH, await _body(service, request))
+    request.answers = await service.recommend(asked.requests)
+    return reply(AnswerBatch(request.answers))
 
 
-async def similar(service: Service, request: Request) -> Response:
+async def similar(service: Service, request: Request) -> Reply:
     """GET /v1/similar/{item_id}."""
-    query = converted(dict(request.query_params), SimilarQuery)
+    query = converted(request.query(), SimilarQuery)
     check_k(query.k, service.settings)
-    item_id = request.path_params["item_id"]
-    answer = await service.run(service.engine.similar, item_id, query.k)
-    return respond(answer)
+    return reply(await service.aside_run(service.engine.similar, request.tail, query.k))
 
 
-async def item(service: Service, request: Request) -> Response:
+async def item(service: Service, request: Request) -> Reply:
     """GET /v1/items/{item_id}."""
-    return respond(await service.run(service.engine.item, request.path_params["item_id"]))
+    return reply(await service.aside_run(service.engine.item, request.tail))
 
 
-async def health(service: Service, request: Request) -> Response:
+async def post_events(service: Service, request: Request) -> Reply:
+    """POST /v1/events: one event as an object, or many as an array."""
+    body = await _body(service, request)
+    if not body.lstrip().startswith(b"["):
+        return reply(single(await service.take([decoded(EVENT, body)])))
+    events = decoded(EVENTS, body)
+    if len(events) > MAX_EVENTS:
+        raise InputError(f"{len(events)} events in one post; send at most {MAX_EVENTS} at a time")
+    return reply(await service.take(events))
+
+
+async def user(service: Service, request: Request) -> Reply:
+    """GET /v1/users/{user_id}: what is kept of a person."""
+    return reply(await service.aside_run(_kept, service, request.tail))
+
+
+async def erase_user(service: Service, request: Request) -> Reply:
+    """DELETE /v1/users/{user_id}: forget a person, in the paths and in the log."""
+    return reply(await service.aside_run(_erased, service, request.tail))
+
+
+def _kept(service: Service, user_id: str) -> UserAnswer:
+    state = service.users()
+    before = state.path(user_id).erased_before
+    events = [
+        KeptEvent(
+            e.item_id, cast(EventType, e.event_type), e.timestamp, e.event_id, e.value, e.answer_id
+        )
+        for e in state.kept(user_id)
+    ]
+    known = service.engine.stored_events(user_id, before)
+    return UserAnswer(user_id, events, known, before or None)
+
+
+def _erased(service: Service, user_id: str) -> ErasedAnswer:
+    events = service.users().erase(user_id, service.clock())
+    rows = service.erase_logged(user_id)
+    return ErasedAnswer(user_id, events, rows)
+
+
+async def health(service: Service, request: Request) -> Reply:
     """GET /healthz: the process lives."""
-    return respond(Status("ok"))
+    return reply(Status("ok"))
 
 
-async def ready(service: Service, request: Request) -> Response:
+async def ready(service: Service, request: Request) -> Reply:
     """GET /readyz: 200 while requests are welcome, 503 from the moment that the server stops."""
     version = service.engine.version
     if service.stopping:
-        return respond(Status("stopping", version), 503)
-    return respond(Status("ready", version))
+        return reply(Status("stopping", version), 503)
+    return reply(Status("ready", version))
 
 
-async def show_metrics(service: Service, request: Request) -> Response:
+async def show_metrics(service: Service, request: Request) -> Reply:
     """GET /metrics."""
-    return Response(service.metrics.rendered(), headers={"content-type": metrics.CONTENT_TYPE})
+    service.gauge()
+    rendered = await service.aside_run(service.metrics.rendered)
+    return Reply(rendered, headers=((b"content-type", metrics.CONTENT_TYPE.encode()),))
 
 
-async def describe(service: Service, request: Request) -> Response:
+async def describe(service: Service, request: Request) -> Reply:
     """GET /openapi.json."""
-    return Response(openapi.text(), media_type="application/json")
+    return Reply(openapi.text().encode())
 
 
-async def docs(service: Service, request: Request) -> Response:
+async def docs(service: Service, request: Request) -> Reply:
     """GET /docs: the description for people; its files come from this server alone."""
-    return HTMLResponse(openapi.PAGE)
+    return Reply(openapi.PAGE.encode(), headers=((b"content-type", b"text/html; charset=utf-8"),))
 
 
-Handler = Callable[[Service, Request], Awaitable[Response]]
-ROUTES: tuple[tuple[str, str, Handler], ...] = (
-    ("POST", "/v1/recommend", recommend),
-    ("POST", "/v1/recommend/batch", recommend_batch),
-    ("GET", "/v1/similar/{item_id:path}", similar),
-    ("GET", "/v1/items/{item_id:path}", item),
-    ("GET", "/healthz", health),
-    ("GET", "/readyz", ready),
-    ("GET", "/metrics", show_metrics),
-    ("GET", "/openapi.json", describe),
-    ("GET", "/docs", docs),
-)
+ROUTES: list[Route[Service]] = [
+    Route("POST", "/v1/recommend", recommend, "read"),
+    Route("POST", "/v1/recommend/batch", recommend_batch, "read"),
+    Route("GET", "/v1/similar/{item_id}", similar, "read"),
+    Route("GET", "/v1/items/{item_id}", item, "read"),
+    Route("POST", "/v1/events", post_events, "events"),
+    Route("GET", "/v1/users/{user_id}", user, "admin"),
+    Route("DELETE", "/v1/users/{user_id}", erase_user, "admin"),
+    *ADMIN_ROUTES,
+    Route("GET", "/metrics", show_metrics, "read"),
+    Route("GET", "/healthz", health),
+    Route("GET", "/readyz", ready),
+    Route("GET", "/openapi.json", describe),
+    Route("GET", "/docs", docs),
+]
+"""Every route with the scope that a key needs for it; those without one are open."""
+ASSETS = "/docs/assets"
+MODELLED = frozenset(("/v1/recommend", "/v1/recommend/batch"))
+"""Paths that are turned away before anything is done for them while no further one can wait."""
 
 
-def create_app(engine: Engine, settings: ServeSettings | None = None) -> Starlette:
-    """Return the ASGI application that answers with `engine`; `app.state.service` runs it."""
-    service = Service(engine, settings or ServeSettings())
-    routes = [
-        Route(path, _endpoint(service, path, handler), methods=[method])
-        for method, path, handler in ROUTES
-    ]
-    assets = Mount("/docs/assets", StaticFiles(directory=openapi.assets()))
-    app = Starlette(
-        routes=[*routes, assets],
-        exception_handlers={HTTPException: _no_route(service)},
-        lifespan=_lifespan,
-    )
-    app.router.redirect_slashes = False
-    app.state.service = service
-    return app
+class App:
+    """The ASGI application over one service."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.routes: Routes[Service] = Routes(ROUTES)
+        self.assets = StaticFiles(directory=openapi.assets())
+        self.overloaded = refusal(Overloaded())[1]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        started, path = time.perf_counter(), scope["path"]
+        if path in MODELLED and self.service.full:
+            self.service.metrics.requested(path, Overloaded.code, 0.0)
+            return await self.overloaded.send(send)
+        if path.startswith(ASSETS + "/"):
+            return await self._asset(scope, receive, send)
+        request = Request(scope, receive)
+        if found := self.routes.find(scope["method"], path):
+            name, request.tail = found[0].path, found[1]
+            outcome, answer = await self._outcome(found[0], request)
+        else:
+            name, (outcome, answer) = OTHER, self._nowhere(scope["method"], path)
+        seconds = time.perf_counter() - started
+        self.service.metrics.requested(name, outcome, seconds)
+        if self.service.tracer:
+            parent = request.header(b"traceparent")
+            said = (parent or b"").decode("latin-1") or None
+            self.service.tracer.record(name, outcome, time.time(), seconds, request.answers, said)
+        await answer.send(send)
+
+    async def _outcome(self, route: Route[Service], request: Request) -> tuple[str, Reply]:
+        """Return how a request went, in one word, and the reply to it."""
+        try:
+            if route.scope:
+                authorization = (request.header(b"authorization") or b"").decode("latin-1")
+                query = request.scope["query_string"]
+                request.caller = self.service.guard.allow(authorization, query, route.scope)
+            return "ok", await route.handler(self.service, request)
+        except Exception as error:
+            return refusal(error)
+
+    def _nowhere(self, method: str, path: str) -> tuple[str, Reply]:
+        if methods := self.routes.methods(path):
+            allow = ((b"allow", ", ".join(methods).encode()),)
+            said = f"{method} {path[:200]}: method not allowed; see /docs"
+            return "method_not_allowed", refuse(405, "method_not_allowed", said, allow)
+        return "not_found", refuse(404, "not_found", f"{method} {path[:200]}: not found; see /docs")
+
+    async def _asset(self, scope: Scope, receive: Receive, send: Send) -> None:
+        inner = {**scope, "path": scope["path"][len(ASSETS) :], "root_path": ""}
+        try:
+            await self.assets(inner, receive, send)
+        except HTTPException:
+            await self._nowhere(scope["method"], scope["path"])[1].send(send)
 
 
-@asynccontextmanager
-async def _lifespan(app: Starlette) -> AsyncIterator[None]:
-    yield
-    app.state.service.pool.shutdown()
+def refusal(error: Exception) -> tuple[str, Reply]:
+    """Return an exception's word, and the reply that it becomes."""
+    if isinstance(error, Refusal):
+        headers = tuple((k.encode(), v.encode()) for k, v in error.headers.items())
+        return error.code, refuse(error.status, error.code, str(error), headers)
+    if isinstance(error, StateUnavailable):
+        log.error("state_unavailable", reason=str(error))
+        said = "the store of users' paths is not available; nothing of this was kept; try again"
+        return "state_unavailable", refuse(503, "state_unavailable", said, RETRY)
+    for kind, status, code in REFUSALS:
+        if isinstance(error, kind):
+            return code, refuse(status, code, str(error))
+    # The trace is for the log; a caller must not learn from it how the server is built.
+    log.exception("failed", error=type(error).__name__)
+    return "internal", refuse(500, "internal", "the server failed; its log says why")
 
 
-def _endpoint(
-    service: Service, path: str, handler: Handler
-) -> Callable[[Request], Awaitable[Response]]:
-    route = path.replace(":path", "")
-
-    async def endpoint(request: Request) -> Response:
-        started = time.perf_counter()
-        outcome, response = await _outcome(service, request, handler)
-        service.metrics.requested(route, outcome, time.perf_counter() - started)
-        return response
-
-    return endpoint
-
-
-async def _outcome(service: Service, request: Request, handler: Handler) -> tuple[str, Response]:
-    """Return how a request went, in one word, and the response to it."""
-    try:
-        return "ok", await handler(service, request)
-    except Exception as error:
-        for kind, status, code in REFUSALS:
-            if isinstance(error, kind):
-                return code, refuse(status, code, str(error))
-        # The trace is for the log; a caller must not learn from it how the server is built.
-        log.exception("failed", error=type(error).__name__)
-        return "internal", refuse(500, "internal", "the server failed; its log says why")
-
-
-def _no_route(service: Service) -> Callable[[Request, Exception], Awaitable[Response]]:
-    async def handler(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        code = CODES.get(error.status_code, "refused")
-        service.metrics.requested(OTHER, code, 0.0)
-        message = f"{request.method} {request.url.path[:200]}: {error.detail.lower()}; see /docs"
-        return refuse(error.status_code, code, message, error.headers)
-
-    return handler
-
-
-def respond(
-    message: msgspec.Struct, status: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
-    """Return a message as a JSON response."""
-    body = ENCODER.encode(message)
-    return Response(body, status, headers=headers, media_type="application/json")
-
-
-def refuse(
-    status: int, code: str, message: str, headers: Mapping[str, str] | None = None
-) -> Response:
+def refuse(status: int, code: str, message: str, headers: tuple[Header, ...] = ()) -> Reply:
     """Return the JSON body that every error has."""
-    return respond(ErrorAnswer(Problem(code, message)), status, headers)
+    return reply(ErrorAnswer(Problem(code, message)), status, headers)
+
+
+async def _body(service: Service, request: Request) -> bytes:
+    settings = service.settings
+    return await request.body(settings.max_body_bytes, settings.body_seconds)

@@ -1,49 +1,59 @@
-"""Run the HTTP application: take the port, load the bundle, say so, serve until a signal."""
+"""`recsys serve`: take the port, check what is given, start the workers, say where they listen."""
 
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import shlex
-import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-import msgspec
 import psutil
 import structlog
-import uvicorn
 
 from recsys.artifacts import Workspace
 from recsys.schema import InputError
-from recsys.serving.app import create_app
-from recsys.serving.engine import Engine
+from recsys.serving.guard import Keys, check_exposure
 from recsys.serving.settings import ServeSettings
+from recsys.serving.supervisor import Facts, Supervisor, module_command
 
-__all__ = ["Started", "create_app", "print_started", "serve"]
+__all__ = ["Started", "home", "print_started", "serve"]
 log = structlog.get_logger("recsys.serving")
+BACKLOG = 2_048
+"""Connections that wait for a worker to take them."""
+MORE_SECONDS = 5
+"""A worker that takes longer than its grace and its drain together by this is killed."""
 
 
-class Started(msgspec.Struct, frozen=True):
-    """What a server says when it takes requests; `seconds` count from the start of the process."""
+@dataclass(frozen=True)
+class Started:
+    """What a server says when it takes requests; `seconds` count from the start of the process.
+
+    Memory is that of all processes, pages that they share counted once.
+    """
 
     url: str
     bundle: str
     version: str
     items: int
+    workers: int
     seconds: float
-    resident_mib: float
+    memory_mib: float
     next: str
 
 
 def print_started(started: Started) -> None:
     """Print what is served, where, how long the start took, and the next command."""
+    workers = f"{started.workers} workers" if started.workers > 1 else "1 worker"
     print(f"Serving {started.version} ({started.items:,} items) from {started.bundle}")
     print(f"Listening on {started.url} (docs at {started.url}/docs)")
-    print(f"Started in {started.seconds:.2f} s, {started.resident_mib:.0f} MiB resident")
+    print(f"Started in {started.seconds:.2f} s, {workers}, {started.memory_mib:.0f} MiB resident")
     print(f"Next: {started.next}", flush=True)
 
 
@@ -57,48 +67,26 @@ def serve(
     Raises InputError where the bundle is missing or damaged, or the port is taken.
     """
     log_json()
+    check_exposure(settings.host, Keys.read(settings.keys))
+    bundle = workspace.find("bundle", settings.bundle)
+    chosen = {**asdict(settings), "bundle": str(bundle)}
+    given = json.dumps({"workspace": str(workspace.root), "settings": chosen})
     with listening(settings.host, settings.port) as listener:
-        engine = Engine.load(workspace.find("bundle", settings.bundle))
-        server = Server(engine, settings, announce)
-        with returning_from(signal.SIGTERM, signal.SIGINT):
-            server.run(sockets=[listener])
-    log.info("stopped", bundle=engine.version)
-
-
-class Server(uvicorn.Server):
-    """uvicorn that says when it takes requests, and shows at once that it no longer does."""
-
-    def __init__(
-        self, engine: Engine, settings: ServeSettings, announce: Callable[[Started], None]
-    ) -> None:
-        self.engine, self.settings, self.announce = engine, settings, announce
-        app = create_app(engine, settings)
-        self.service = app.state.service
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=settings.drain_seconds,
-            )
+        supervisor = Supervisor(
+            listener,
+            module_command("recsys.serving.worker"),
+            given,
+            workers=settings.workers,
+            stop_seconds=settings.grace_seconds + settings.drain_seconds + MORE_SECONDS,
         )
+        supervisor.run(lambda facts: announce(_started(settings, listener, facts)))
+    log.info("stopped")
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then announce; raise InputError where another took the port meanwhile."""
-        assert sockets
-        try:
-            await super().startup(sockets)
-        except OSError as error:
-            raise InputError(_why_not(self.settings.host, self.settings.port, error)) from error
-        started = _started(self.engine, sockets[0])
-        log.info("started", **msgspec.structs.asdict(started))
-        self.announce(started)
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Turn unready, then let requests in flight end."""
-        self.service.stopping = True
-        await super().shutdown(sockets)
+def home(workspace: Workspace, settings: ServeSettings) -> Path:
+    """Return the folder where a server keeps paths, log and deployment record."""
+    plain = settings.state and "://" not in settings.state
+    return Path(settings.state).resolve() if plain else workspace.root / "serving"
 
 
 @contextmanager
@@ -114,6 +102,8 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
+            # At once: two servers may both bind a port that nobody listens on yet.
+            listener.listen(BACKLOG)
         except OSError as error:
             raise InputError(_why_not(host, port, error)) from error
         yield listener
@@ -128,17 +118,6 @@ def _why_not(host: str, port: int, error: OSError) -> str:
     return f"cannot listen on {host} port {port}: {error.strerror}; set --host and --port"
 
 
-@contextmanager
-def returning_from(*signals: signal.Signals) -> Iterator[None]:
-    """Let the block end normally at a signal: uvicorn raises it again once it has stopped."""
-    before = {number: signal.signal(number, lambda *_: None) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def log_json() -> None:
     """Write logs to stderr as one JSON object a line; they name no user and no item."""
     chain: list[structlog.types.Processor] = [
@@ -150,7 +129,8 @@ def log_json() -> None:
     structlog.configure(
         processors=[*chain, json_line],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # Looked up at each line: what stands for stderr now may be closed by then.
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
     )
     _capture_warnings_of("uvicorn", chain, json_line)
 
@@ -169,17 +149,33 @@ def _capture_warnings_of(
     logger.setLevel(logging.WARNING)
 
 
-def _started(engine: Engine, listener: socket.socket) -> Started:
+def _started(settings: ServeSettings, listener: socket.socket, workers: list[Facts]) -> Started:
     process = psutil.Process()
     host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    example = msgspec.json.encode({"history": [engine.catalogue.ids[1]], "k": 5}).decode()
-    return Started(
+    scheme = "https" if settings.tls_cert else "http"
+    url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+    first = workers[0]
+    example = json.dumps({"history": [first["item"]], "k": 5}, ensure_ascii=False)
+    started = Started(
         url=url,
-        bundle=str(engine.bundle.path),
-        version=engine.version,
-        items=engine.bundle.num_items,
+        bundle=first["bundle"],
+        version=first["version"],
+        items=first["items"],
+        workers=len(workers),
         seconds=round(time.time() - process.create_time(), 2),
-        resident_mib=round(process.memory_info().rss / 2**20, 1),
+        memory_mib=round(memory_mib([process, *process.children()]), 1),
         next=f"curl -s {url}/v1/recommend -d {shlex.quote(example)}",
     )
+    log.info("started", **asdict(started))
+    return started
+
+
+def memory_mib(processes: list[psutil.Process]) -> float:
+    """Return the memory of some processes, a page that n of them share counted as 1/n each."""
+    total = 0
+    for process in processes:
+        try:
+            total += process.memory_full_info().pss
+        except (psutil.Error, AttributeError):
+            total += process.memory_info().rss
+    return total / 2**20

@@ -12,10 +12,10 @@ import msgspec
 from msgspec import Meta, Struct
 
 from recsys.schema import EVENT_TYPES, InputError, suggestion
+from recsys.serving.settings import MAX_HISTORY, MAX_K
 
-MAX_K = 1_000
-MAX_HISTORY = 100_000
 MAX_BATCH = 256
+MAX_EVENTS = 10_000
 SECONDS_UNTIL = 100_000_000_000
 """Numbers below this are seconds (until the year 5138), from here on milliseconds (from 1973)."""
 LAST_MOMENT = 253_402_300_799_999
@@ -27,11 +27,13 @@ Moment = Annotated[
     Meta(description="Seconds or milliseconds since 1970, or ISO 8601 text (UTC unless it says)"),
 ]
 EventType = Literal["view", "favourite", "cart", "purchase"]
+Arm = Literal["champion", "challenger"]
 Share = Annotated[
     float,
     Meta(ge=0, le=1, description="0: what the history is about all along; 1: its newest turn"),
 ]
 K = Annotated[int, Meta(ge=1, le=MAX_K, description="How many items to answer with")]
+Boost = Annotated[float, Meta(ge=-1_000, le=1_000)]
 
 
 class HistoryEvent(Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,11 +54,19 @@ class Weights(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tru
     recency: Share | None = None
 
 
+class Boosts(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What is added to the scores of items, by their ids or by their categories."""
+
+    items: Annotated[dict[Id, Boost], Meta(max_length=10_000)] = {}
+    categories: Annotated[dict[str, Boost], Meta(max_length=10_000)] = {}
+
+
 class RecommendRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Ask for items: by `user_id`, by `history` (oldest first), or by neither for a newcomer.
 
     A `history` takes the place of the one stored for `user_id`, of whom the model then uses only
-    what else it knows. Plain item ids in a history are views.
+    what else it knows. Plain item ids in a history are views. An answer that is not ready after
+    `deadline_ms` is the popular items instead, and says so.
     """
 
     user_id: Id | None = None
@@ -66,8 +76,11 @@ class RecommendRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_def
     exclude_items: Annotated[list[Id], Meta(max_length=MAX_HISTORY)] = []
     allow_categories: Annotated[list[str], Meta(max_length=10_000)] | None = None
     deny_categories: Annotated[list[str], Meta(max_length=10_000)] = []
+    max_per_category: Annotated[int, Meta(ge=1, le=MAX_K)] | None = None
+    boosts: Boosts = Boosts()
     now: Moment | None = None
     weights: Weights = Weights()
+    deadline_ms: Annotated[float, Meta(gt=0, le=60_000)] | None = None
 
     def __post_init__(self) -> None:
         if self.now is not None:
@@ -78,6 +91,27 @@ class RecommendBatch(Struct, frozen=True, forbid_unknown_fields=True):
     """Several requests answered together, in their order."""
 
     requests: Annotated[list[RecommendRequest], Meta(min_length=1, max_length=MAX_BATCH)]
+
+
+class Event(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One thing that a person did, as the shop reports it.
+
+    Posting the same `event_id` again changes nothing; without one, every post is a new event. An
+    event without a `timestamp` happened now. `value` is what `recsys prepare` reads under that name
+    (dwell seconds, rating, price); `answer_id` names the answer that showed the item.
+    """
+
+    user_id: Id
+    item_id: Id
+    event_id: Id | None = None
+    event_type: EventType = "view"
+    timestamp: Moment | None = None
+    value: float | None = None
+    answer_id: Id | None = None
+
+    def __post_init__(self) -> None:
+        if self.timestamp is not None:
+            milliseconds(self.timestamp)
 
 
 class SimilarQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,7 +142,9 @@ class Answer(Struct, frozen=True, omit_defaults=True):
 
     `source` is "model" where a history was read and "popular" where there was none, and `score`
     is then the number of events. `history_used` counts the events that the model read.
-    `timings_ms` holds each stage's milliseconds, for all answers of a batch together.
+    `timings_ms` holds each stage's milliseconds, for all answers of a batch together. Events that
+    follow from the answer name its `answer_id`. `arm` says which of two models on trial answered,
+    and `fallback` why the model did not.
     """
 
     items: list[Recommended]
@@ -117,6 +153,9 @@ class Answer(Struct, frozen=True, omit_defaults=True):
     timings_ms: dict[str, float]
     history_used: int = 0
     ignored: Ignored | None = None
+    answer_id: str = ""
+    arm: Arm = "champion"
+    fallback: Literal["deadline", "failed"] | None = None
 
 
 class AnswerBatch(Struct, frozen=True):
@@ -141,6 +180,55 @@ class ItemAnswer(Struct, frozen=True):
     count: int
     features: dict[str, Any]
     bundle: str
+
+
+class Refused(Struct, frozen=True):
+    """One event of a post that was not taken: its place from 0, a word and a sentence."""
+
+    place: int
+    code: str
+    message: str
+
+
+class EventsAnswer(Struct, frozen=True, omit_defaults=True):
+    """What became of posted events: taken and durable, known already, or refused.
+
+    `unknown_items` counts events taken whose item the bundle does not know: they are kept for the
+    next training, and no answer uses them until then.
+    """
+
+    accepted: int
+    repeated: int = 0
+    unknown_items: int = 0
+    refused: list[Refused] = []
+
+
+class KeptEvent(Struct, frozen=True, omit_defaults=True):
+    """One event kept of a user; `timestamp` in milliseconds since 1970."""
+
+    item_id: str
+    event_type: EventType
+    timestamp: int
+    event_id: str
+    value: float | None = None
+    answer_id: str | None = None
+
+
+class UserAnswer(Struct, frozen=True, omit_defaults=True):
+    """What the server keeps of a user: posted events, oldest first; the bundle's are counted."""
+
+    user_id: str
+    events: list[KeptEvent]
+    bundle_events: int = 0
+    erased_before: int | None = None
+
+
+class ErasedAnswer(Struct, frozen=True):
+    """What was erased of a user: posted events, and rows of the event and answer logs."""
+
+    user_id: str
+    events: int
+    log_rows: int
 
 
 class Status(Struct, frozen=True, omit_defaults=True):

@@ -11,23 +11,36 @@ import msgspec
 
 from recsys import __version__
 from recsys.serving import messages
+from recsys.serving.admin import ADMIN
 from recsys.serving.messages import (
     AnswerBatch,
+    ErasedAnswer,
     ErrorAnswer,
+    Event,
+    EventsAnswer,
     ItemAnswer,
     RecommendBatch,
     RecommendRequest,
     SimilarAnswer,
     Status,
+    UserAnswer,
 )
 
 Json = dict[str, Any]
 REFUSED = {
-    400: "The body is not JSON",
-    404: "No such item or path",
+    400: "The body is not JSON, or a key is in the query string",
+    401: "No API key, or one that is not known",
+    403: "The key may not do this",
+    404: "No such item or path, or a server that keeps no users' paths",
+    408: "The body did not come in time",
+    409: "This event_id came before, with other content",
     413: "The body is larger than the server takes",
     422: "A field is missing, misspelt, or out of its range",
+    429: "Too many requests wait, or this key asks too often; see Retry-After",
+    503: "The store of users' paths is not available; nothing was kept",
 }
+ALWAYS = (400, 401, 403, 429)
+"""What any route may answer that is not open to all."""
 _STRUCTS = (
     RecommendRequest,
     messages.Answer,
@@ -35,16 +48,15 @@ _STRUCTS = (
     AnswerBatch,
     SimilarAnswer,
     ItemAnswer,
+    Event,
+    EventsAnswer,
+    UserAnswer,
+    ErasedAnswer,
+    *dict.fromkeys(struct for route in ADMIN for struct in (route.answer, route.body) if struct),
     Status,
     ErrorAnswer,
 )
-_ITEM_ID = {
-    "name": "item_id",
-    "in": "path",
-    "required": True,
-    "description": "The id, percent-encoded where it has other than letters and digits",
-    "schema": {"type": "string", "minLength": 1},
-}
+EVENT = {"user_id": "u1", "item_id": "i7", "event_type": "cart", "event_id": "e1"}
 _K = {
     "name": "k",
     "in": "query",
@@ -72,7 +84,7 @@ def document() -> Json:
         "info": {
             "title": "recsys",
             "version": __version__,
-            "description": "Recommendations from one exported bundle.",
+            "description": "Recommendations that follow people's paths, from exported bundles.",
         },
         "paths": _paths(),
         "components": {"schemas": {name: _plain(schema) for name, schema in schemas.items()}},
@@ -81,24 +93,59 @@ def document() -> Json:
 
 def _paths() -> Json:
     ask, batch = _body(RecommendRequest, EXAMPLE), _body(RecommendBatch, {"requests": [EXAMPLE]})
-    item, similar = [_ITEM_ID], [_ITEM_ID, _K]
+    item, user = [_tail("item_id")], [_tail("user_id")]
+    kept = _operation("What is kept of a person", UserAnswer, 404, 503, parameters=user)
+    erased = _operation("Forget a person", ErasedAnswer, 404, 503, parameters=user)
+    similar = _operation("Items like one item", SimilarAnswer, 404, 422, parameters=[*item, _K])
+    known = _operation("What is known about an item", ItemAnswer, 404, parameters=item)
     return {
-        "/v1/recommend": {
-            "post": _operation("Recommend items", messages.Answer, 400, 413, 422, body=ask)
-        },
-        "/v1/recommend/batch": {
-            "post": _operation("Recommend to several", AnswerBatch, 400, 413, 422, body=batch)
-        },
-        "/v1/similar/{item_id}": {
-            "get": _operation("Items like one item", SimilarAnswer, 404, 422, parameters=similar)
-        },
-        "/v1/items/{item_id}": {
-            "get": _operation("What is known about an item", ItemAnswer, 404, parameters=item)
-        },
-        "/healthz": {"get": _operation("Whether the process lives", Status)},
-        "/readyz": {"get": _operation("Whether it takes requests", Status, 503)},
+        "/v1/recommend": {"post": _posted("Recommend items", messages.Answer, ask)},
+        "/v1/recommend/batch": {"post": _posted("Recommend to several", AnswerBatch, batch)},
+        "/v1/similar/{item_id}": {"get": similar},
+        "/v1/items/{item_id}": {"get": known},
+        "/v1/events": {"post": _posted("Events happened", EventsAnswer, _events(), 404, 409, 503)},
+        "/v1/users/{user_id}": {"get": kept, "delete": erased},
+        **_admin(),
         "/metrics": {"get": _metrics()},
+        "/healthz": {"get": _open("Whether the process lives")},
+        "/readyz": {"get": _open("Whether it takes requests", 503)},
     }
+
+
+def _admin() -> Json:
+    paths: Json = {}
+    for route in ADMIN:
+        body = _body(route.body, route.example or {}) if route.body else None
+        refused = (408, 413, 422) if body else (422,)
+        operation = _operation(route.summary, route.answer, *refused, body=body)
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
+    return paths
+
+
+def _events() -> Json:
+    one = {"$ref": "#/components/schemas/Event"}
+    many = {"type": "array", "items": one, "maxItems": messages.MAX_EVENTS}
+    schema = {"anyOf": [one, many]}
+    return {"required": True, "content": {"application/json": {"schema": schema, "example": EVENT}}}
+
+
+def _tail(name: str) -> Json:
+    return {
+        "name": name,
+        "in": "path",
+        "required": True,
+        "description": "The id, percent-encoded where it has other than letters and digits",
+        "schema": {"type": "string", "minLength": 1},
+    }
+
+
+def _posted(summary: str, answer: type, body: Json, *refused: int) -> Json:
+    return _operation(summary, answer, 408, 413, 422, *refused, body=body)
+
+
+def _open(summary: str, *refused: int) -> Json:
+    responses = {str(status): _response("Not now", Status) for status in refused}
+    return {"summary": summary, "responses": {"200": _response("Yes", Status), **responses}}
 
 
 def _operation(
@@ -109,9 +156,8 @@ def _operation(
     parameters: list[Json] | None = None,
 ) -> Json:
     responses = {"200": _response("The answer", answer)}
-    for status in refused:
-        described = (REFUSED[status], ErrorAnswer) if status in REFUSED else ("Not now", answer)
-        responses[str(status)] = _response(*described)
+    for status in sorted({*refused, *ALWAYS}):
+        responses[str(status)] = _response(REFUSED[status], ErrorAnswer)
     operation: Json = {"summary": summary, "responses": responses}
     operation |= {"requestBody": body} if body else {}
     return operation | ({"parameters": parameters} if parameters else {})

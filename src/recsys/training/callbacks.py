@@ -102,7 +102,7 @@ def _line(trainer: pl.Trainer, figures: dict[str, float]) -> str:
 def averaged(epochs: float | None, steps: int) -> EMAWeightAveraging | None:
     """Return the exponential moving average of weights that reaches back so many epochs, or None.
 
-    An epoch has `steps`. Counted in epochs, the average lags equally behind on small and large data.
+    An epoch has `steps`. Counted in epochs, it lags as far behind on small data as on large.
     """
     if epochs is None:
         return None

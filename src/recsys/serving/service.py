@@ -1,0 +1,316 @@
+"""One worker's running parts, and the way of a request through them.
+
+A request is admitted, answered on a lane by the arm that its user belongs to, counted, and logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import structlog
+
+from recsys.schema import InputError
+from recsys.serving import metrics
+from recsys.serving.deployment import Deployer, Roster
+from recsys.serving.engine import Engine, use_one_core
+from recsys.serving.guard import Guard, Keys, Refusal
+from recsys.serving.intake import Clock, Intake
+from recsys.serving.lanes import Lanes
+from recsys.serving.log import AnswerJournal, LoggedAnswer, Shipper, erase
+from recsys.serving.messages import Answer, Arm, Event, EventsAnswer, RecommendRequest
+from recsys.serving.protocol import Patience
+from recsys.serving.settings import ServeSettings
+from recsys.serving.state import StateUnavailable, UserPath, UserState
+from recsys.serving.tracing import Spans
+from recsys.serving.trial import Trial, choose, new_answer_id
+
+log = structlog.get_logger("recsys.serving")
+Result = TypeVar("Result")
+TOGETHER = 16
+"""Requests that a thread answers as one batch, where so many wait."""
+
+
+class Overloaded(Refusal):
+    """More requests wait than the server was set to take."""
+
+    status, code = 429, "overloaded"
+
+    def __init__(self) -> None:
+        said = "more requests wait than this server takes; try again after a second"
+        super().__init__(said, {"retry-after": "1"})
+
+
+class Late(Exception):
+    """An answer was not ready at its deadline."""
+
+
+class NoState(Refusal):
+    """A request about users' paths to a server that keeps none."""
+
+    status, code = 404, "no_state"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The requests of one HTTP request, and who answers them."""
+
+    requests: Sequence[RecommendRequest]
+    arm: Arm
+
+
+class Service:
+    """What a worker holds: the engines in use, its threads, the users' paths, its numbers."""
+
+    def __init__(
+        self,
+        deployer: Deployer,
+        settings: ServeSettings,
+        *,
+        state: UserState | None = None,
+        journal: AnswerJournal | None = None,
+        log_dir: Path | None = None,
+        shipper: Shipper | None = None,
+        guard: Guard | None = None,
+        tracer: Spans | None = None,
+        find: Callable[[str], Path] = Path,
+    ) -> None:
+        self.deployer, self.settings, self.state = deployer, settings, state
+        self.journal, self.log_dir, self.shipper = journal, log_dir, shipper
+        self.tracer = tracer
+        self.guard, self.find = guard or Guard(Keys({})), find
+        self.metrics = metrics.Metrics()
+        self.clock = Clock()
+        self.trial = Trial(deployer, ask=self._ask, idle=lambda: self.lanes.pending == 0)
+        self.trial.on_compared = self.metrics.overlap.observe
+        self.trial.on_return = self.metrics.swaps.labels("returned").inc
+        self.patience = Patience()
+        self.lanes: Lanes[Job, list[Answer]] = Lanes(
+            self._answer, settings.threads, TOGETHER, "engine", use_one_core
+        )
+        self.intake = Intake(state, settings.keep_days, self.clock) if state else None
+        self.aside = ThreadPoolExecutor(2, "aside", initializer=use_one_core)
+        self.stopping = False
+        deployer.on_change(self.deployed)
+        self.deployed(deployer.current)
+
+    @property
+    def engine(self) -> Engine:
+        """Return the champion."""
+        return self.deployer.current.champion
+
+    def deployed(self, roster: Roster) -> None:
+        """Show which bundles answer from now on."""
+        arms = {"champion": roster.champion, "challenger": roster.challenger}
+        self.metrics.serving(
+            [
+                (engine.version, str(engine.bundle.manifest["model"]), arm)
+                for arm, engine in arms.items()
+                if engine
+            ]
+        )
+
+    async def recommend(self, requests: Sequence[RecommendRequest]) -> list[Answer]:
+        """Answer within the deadline: by the model, or with what is popular where it is late.
+
+        Raises Overloaded where too many wait already, and InputError where a request is wrong.
+        """
+        for request in requests:
+            check_limits(request, self.settings)
+        roster = self.deployer.current
+        arm = choose(roster, requests[0].user_id)
+        started = time.perf_counter()
+        future = self.lanes.submit(Job(requests, arm))
+        late = asyncio.get_running_loop().call_later(self._seconds(requests), _give_up, future)
+        try:
+            answers = await future
+        except Late:
+            answers = await self.aside_run(self._popular, roster, arm, requests)
+        finally:
+            late.cancel()
+        self._count(requests, answers, time.perf_counter() - started)
+        return answers
+
+    async def take(self, events: Sequence[Event]) -> EventsAnswer:
+        """Take posted events; return once they are durable. Raises StateUnavailable."""
+        intake = self._need(self.intake)
+        if intake.lanes.pending >= self.settings.queue:
+            raise Overloaded()
+        answer, new = await intake.take(events, self.engine.catalogue.index)
+        self.metrics.took(answer)
+        for event in new:
+            if event.answer_id and (arm := self.trial.clicked(event.answer_id)):
+                self.metrics.clicks.labels(arm).inc()
+        return answer
+
+    @property
+    def full(self) -> bool:
+        """Whether no further request can wait."""
+        return self.lanes.pending >= self.settings.queue
+
+    async def aside_run(self, work: Callable[..., Result], *inputs: object) -> Result:
+        """Call something rare or slow beside the lanes."""
+        return await asyncio.get_running_loop().run_in_executor(self.aside, work, *inputs)
+
+    def users(self) -> UserState:
+        """Return the users' paths, or raise NoState."""
+        return self._need(self.state)
+
+    def erase_logged(self, user_id: str) -> int:
+        """Take a user's rows out of the log; return how many there were."""
+        return erase(self.log_dir, user_id) if self.log_dir else 0
+
+    def gauge(self) -> None:
+        """Look at what is not counted as it happens."""
+        self.metrics.in_flight.set(self.lanes.pending)
+        follow = self.metrics.follow
+        if self.journal:
+            follow(self.metrics.dropped, self.journal.dropped)
+        if self.shipper:
+            follow(self.metrics.log_failures, self.shipper.failures)
+            follow(self.metrics.log_torn, self.shipper.torn)
+        for reason, count in self.patience.refused.items():
+            follow(self.metrics.refused.labels(reason), count)
+        if self.state:
+            with suppress(StateUnavailable):
+                self.metrics.outbox.set(self.state.backlog())
+
+    def close(self) -> None:
+        """End the threads, after what waits; the parts given from outside stay open."""
+        self.lanes.close()
+        if self.intake:
+            self.intake.close()
+        self.trial.close()
+        self.aside.shutdown()
+
+    def _need(self, part: Result | None) -> Result:
+        if part is None:
+            raise NoState("this server keeps no users' paths; start it with --state")
+        return part
+
+    def _seconds(self, requests: Sequence[RecommendRequest]) -> float:
+        asked = [request.deadline_ms for request in requests if request.deadline_ms]
+        return min(asked, default=self.settings.deadline_ms) / 1000
+
+    def _answer(self, jobs: Sequence[Job]) -> list[list[Answer] | BaseException]:
+        """Answer jobs on a lane; a job that fails does not take the others with it."""
+        roster = self.deployer.current
+        results: list[list[Answer] | BaseException] = [[] for _ in jobs]
+        for arm in dict.fromkeys(job.arm for job in jobs):
+            places = [place for place, job in enumerate(jobs) if job.arm == arm]
+            try:
+                answers = iter(self._by(roster, arm, [r for p in places for r in jobs[p].requests]))
+                for place in places:
+                    results[place] = [next(answers) for _ in jobs[place].requests]
+            except Exception as error:
+                for place in places:
+                    results[place] = self._alone(roster, jobs[place]) if len(places) > 1 else error
+        return results
+
+    def _alone(self, roster: Roster, job: Job) -> list[Answer] | BaseException:
+        try:
+            return self._by(roster, job.arm, job.requests)
+        except Exception as error:
+            return error
+
+    def _by(self, roster: Roster, arm: Arm, requests: Sequence[RecommendRequest]) -> list[Answer]:
+        """Return one arm's answers; where the challenger fails, the champion's."""
+        paths = [self._path(request) for request in requests]
+        if arm == "challenger" and roster.challenger:
+            try:
+                ids = [new_answer_id(arm, roster.trial) for _ in requests]
+                return roster.challenger.recommend(requests, paths, ids, arm)
+            except InputError:
+                raise
+            except Exception as error:
+                self.trial.failed(arm)
+                log.exception("challenger_failed", error=type(error).__name__)
+        ids = [new_answer_id("champion", roster.trial) for _ in requests]
+        return roster.champion.recommend(requests, paths, ids)
+
+    def _path(self, request: RecommendRequest) -> UserPath | None:
+        """Return what a user did of late; with a history of its own only its erasure counts.
+
+        Where the state does not answer, the bundle's own history still serves.
+        """
+        if self.state is None or request.user_id is None:
+            return None
+        try:
+            return self.state.path(request.user_id)
+        except StateUnavailable as error:
+            self.metrics.state_errors.inc()
+            log.warning("state_unavailable", reason=str(error))
+            return None
+
+    def _popular(
+        self, roster: Roster, arm: Arm, requests: Sequence[RecommendRequest]
+    ) -> list[Answer]:
+        """Return what stands in for answers that are late; it counts against the arm."""
+        engine = (roster.challenger if arm == "challenger" else None) or roster.champion
+        facts = {"arm": arm, "fallback": "deadline"}
+        return [
+            msgspec.structs.replace(
+                engine.popular(request, self._path(request)),
+                answer_id=new_answer_id(arm, roster.trial),
+                **facts,
+            )
+            for request in requests
+        ]
+
+    def _ask(self, engine: Engine, request: RecommendRequest) -> Answer:
+        """Answer as a challenger would; what the trial compares in shadow."""
+        return engine.recommend([request], [self._path(request)])[0]
+
+    def _count(
+        self, requests: Sequence[RecommendRequest], answers: Sequence[Answer], seconds: float
+    ) -> None:
+        self.metrics.answered(answers)
+        now = self.clock()
+        for request, answer in zip(requests, answers, strict=True):
+            self.trial.answered(request, answer, seconds)
+            if self.journal:
+                self.journal.record(logged(request, answer, now))
+
+
+def _give_up(future: asyncio.Future[list[Answer]]) -> None:
+    if not future.done():
+        future.set_exception(Late())
+
+
+def logged(request: RecommendRequest, answer: Answer, now: int) -> LoggedAnswer:
+    """Return what the log keeps of an answer."""
+    return LoggedAnswer(
+        answer_id=answer.answer_id,
+        user_id=request.user_id,
+        time=now,
+        bundle=answer.bundle,
+        arm=answer.arm,
+        source=answer.source,
+        k=request.k,
+        items=[item.item_id for item in answer.items],
+        scores=[item.score for item in answer.items],
+        fallback=answer.fallback,
+    )
+
+
+def check_limits(request: RecommendRequest, settings: ServeSettings) -> None:
+    """Raise InputError where a request asks for more than this server was set to give."""
+    check_k(request.k, settings)
+    if request.history and len(request.history) > settings.max_history:
+        raise InputError(
+            f"history: {len(request.history)} events are over this server's limit of "
+            f"{settings.max_history}; send the newest"
+        )
+
+
+def check_k(k: int, settings: ServeSettings) -> None:
+    """Raise InputError where `k` is over what this server was set to give."""
+    if k > settings.max_k:
+        raise InputError(f"k: {k} is over this server's limit of {settings.max_k}")

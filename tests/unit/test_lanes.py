@@ -1,0 +1,98 @@
+"""Lanes: every job gets its own result, whatever the batch it travelled in."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from recsys.serving.lanes import Lanes
+
+
+def test_every_job_gets_its_own_result_and_batches_stay_small() -> None:
+    sizes: list[int] = []
+
+    def work(jobs: Sequence[int]) -> list[int]:
+        sizes.append(len(jobs))
+        time.sleep(0.001)
+        return [job * job for job in jobs]
+
+    async def main() -> list[int]:
+        lanes: Lanes[int, int] = Lanes(work, threads=2, together=4)
+        results = await asyncio.gather(*(lanes.submit(n) for n in range(200)))
+        assert lanes.pending == 0
+        lanes.close()
+        return results
+
+    assert asyncio.run(main()) == [n * n for n in range(200)]
+    assert sum(sizes) == 200
+    assert 1 < max(sizes) <= 4
+
+
+def test_a_batch_is_what_waits_and_no_more() -> None:
+    held, batches = threading.Event(), []
+
+    def work(jobs: Sequence[int]) -> list[int]:
+        held.wait()
+        batches.append(list(jobs))
+        return list(jobs)
+
+    async def main() -> None:
+        lanes: Lanes[int, int] = Lanes(work, together=3)
+        futures = [lanes.submit(0)]
+        await asyncio.sleep(0.05)
+        futures += [lanes.submit(n) for n in (1, 2, 3, 4)]
+        assert lanes.pending == 5
+        held.set()
+        await asyncio.gather(*futures)
+        lanes.close()
+
+    asyncio.run(main())
+    assert batches == [[0], [1, 2, 3], [4]]
+
+
+def test_one_failure_is_its_own_and_a_crash_is_everybodys() -> None:
+    def work(jobs: Sequence[str]) -> list[str | BaseException]:
+        if "crash" in jobs:
+            raise RuntimeError("crash")
+        return [ValueError(job) if job == "bad" else job for job in jobs]
+
+    async def main() -> None:
+        lanes: Lanes[str, str] = Lanes(work)
+        good, bad = lanes.submit("good"), lanes.submit("bad")
+        assert await good == "good"
+        with pytest.raises(ValueError, match="bad"):
+            await bad
+        with pytest.raises(RuntimeError, match="crash"):
+            await lanes.submit("crash")
+        assert await lanes.submit("again") == "again"
+        assert lanes.pending == 0
+        lanes.close()
+
+    asyncio.run(main())
+
+
+def test_a_job_given_up_before_its_turn_is_passed_over() -> None:
+    held, done = threading.Event(), []
+
+    def work(jobs: Sequence[int]) -> list[int]:
+        held.wait()
+        done.extend(jobs)
+        return list(jobs)
+
+    async def main() -> None:
+        lanes: Lanes[int, int] = Lanes(work, together=1)
+        first = lanes.submit(1)
+        await asyncio.sleep(0.02)
+        second, third = lanes.submit(2), lanes.submit(3)
+        second.cancel()
+        held.set()
+        assert await asyncio.gather(first, third) == [1, 3]
+        lanes.close()
+        assert lanes.pending == 0
+
+    asyncio.run(main())
+    assert done == [1, 3]
