@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test lint gates bench bench-training clean
+.PHONY: help install demo test lint gates bench bench-training faults clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
@@ -37,7 +37,11 @@ gates: $(READY)  ## Real data, hours: accuracy over seeds, speed, latency
 
 bench: $(READY)  ## Speed, side by side in one run
 	$(BIN)/python scripts/bench_prepare.py
-	$(BIN)/python scripts/bench_serving.py
+	$(BIN)/python scripts/bench_serving.py --beside
+
+faults: $(READY)  ## Kill, swap, drain and overload a server under load: make faults BUNDLES="A B"
+	$(BIN)/python scripts/fault_serving.py --bundles $(BUNDLES)
+	$(BIN)/python scripts/overload_serving.py --bundle $(firstword $(BUNDLES))
 
 bench-training: $(READY)  ## Two hours and more: training beside three libraries, then the cost curves
 	$(BIN)/python scripts/bench_training.py

@@ -71,9 +71,12 @@ def url_of(lines: Iterator[str]) -> str:
 
 
 def ask(url: str, **request: object) -> dict:
-    body = json.dumps(request).encode()
+    return post(f"{url}/v1/recommend", request)
+
+
+def post(url: str, message: dict) -> dict:
     headers = {"Content-Type": "application/json"}
-    with urlopen(Request(f"{url}/v1/recommend", body, headers), timeout=30) as answer:
+    with urlopen(Request(url, json.dumps(message).encode(), headers), timeout=30) as answer:
         return dict(json.load(answer))
 
 
@@ -103,16 +106,18 @@ def ask_as_a_known_user(url: str, bundle: Path) -> None:
 
 
 def ask_while_changing_aisle(url: str, bundle: Path) -> None:
-    """Walk one aisle, then another, and count the answers from each after every event."""
+    """Post a walk along one aisle, then another; count the answers from each after every event."""
     first, second = two_aisles(bundle)
     path = first[1][:EVENTS_IN_AN_AISLE] + second[1][:EVENTS_IN_AN_AISLE]
     names = (first[0], second[0])
-    table = Table(title="A path that changes aisle midway: aisles of the top 10")
+    table = Table(title="Posted events that change aisle midway: aisles of the top 10")
+    visitor = f"visitor-{time.time_ns()}"
     for column in ("event", "item seen", *names, "other"):
         table.add_column(column)
     answer: dict = {}
     for count in range(1, len(path) + 1):
-        answer = ask(url, history=path[:count], k=10)
+        post(f"{url}/v1/events", {"user_id": visitor, "item_id": path[count - 1]})
+        answer = ask(url, user_id=visitor, k=10)
         aisles = [item.get("category") for item in answer["items"]]
         hits = [aisles.count(name) for name in names]
         seen = names[count > EVENTS_IN_AN_AISLE]

@@ -204,9 +204,10 @@ async def swaps(server: Server, bundles: list[Path], seen: Seen, count: int) -> 
             with damaged(bundles[0], server.home) as bad:
                 reply = await server.call("POST", "/admin/bundles", {"bundle": str(bad)})
             refused += reply.status == 422
-        body = {"bundle": str(bundles[(turn + 1) % 2])}
+        body = {"bundle": str(bundles[(turn + 1) % len(bundles)])}
         reply = await server.call("POST", "/admin/bundles", body)
         assert reply.status == 200, reply.body
+        await asyncio.sleep(0.1)
     return {"swaps": count, "damaged_offered": (count + 4) // 10, "damaged_refused": refused}
 
 
@@ -279,7 +280,7 @@ async def memory(server: Server, bundles: list[Path], count: int) -> Json:
     """Swap `count` times at rest and compare the workers' memory with that after ten."""
     sizes = []
     for turn in range(count):
-        body = {"bundle": str(bundles[(turn + 1) % 2])}
+        body = {"bundle": str(bundles[(turn + 1) % len(bundles)])}
         assert (await server.call("POST", "/admin/bundles", body)).status == 200
         if turn + 1 in (10, count):
             await asyncio.sleep(3)
@@ -309,6 +310,11 @@ async def audit(server: Server, seen: Seen) -> Json:
     }
 
 
+def copied(bundle: Path, folder: Path) -> Path:
+    """Return a copy of a bundle elsewhere: one that is loaded anew when its turn comes."""
+    return Path(shutil.copytree(bundle, folder / bundle.name))
+
+
 def expectations(bundles: list[Path], count: int = 50) -> dict[str, Any]:
     """Return histories, and each bundle's own answers to them."""
     from recsys.serving.engine import Engine
@@ -325,8 +331,9 @@ def expectations(bundles: list[Path], count: int = 50) -> dict[str, Any]:
 
 
 async def all_of_it(given: argparse.Namespace, home: Path) -> Json:
-    bundles = [Path(path).resolve() for path in given.bundles]
-    expected = expectations(bundles)
+    given_bundles = [Path(path).resolve() for path in given.bundles]
+    expected = expectations(given_bundles)
+    bundles = [*given_bundles, *(copied(path, home / "copies") for path in given_bundles)]
     server = Server(home, "--bundle", str(bundles[0]), "--workers", str(given.workers))
     server.start()
     report: Json = {"ready_s": round(await server.ready(), 2)}

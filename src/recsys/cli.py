@@ -183,11 +183,14 @@ def promote(arguments: Arguments) -> Outcome:
     bundle = find_bundle(_bundle(arguments.bundle), workspace)
     if arguments.server:
         facts = ask(str(bundle), arguments.server, why=arguments.why)
-        return Outcome(f"{bundle.name} the champion", arguments.server, "recsys ui", facts)
+        look = f"curl -s {arguments.server}/admin/bundles"
+        return Outcome(f"{bundle.name} the champion", arguments.server, look, facts)
     from recsys.export.registry import promote as set_alias
 
-    uri = set_alias(bundle, workspace, arguments.name)
-    return Outcome(f"{uri} the champion", bundle, f"recsys serve --bundle {uri}", {"model": uri})
+    version = set_alias(bundle, workspace, arguments.name)
+    alias = f"models:/{arguments.name}@champion"
+    made = f"version {version} of {arguments.name} the champion ({bundle.name})"
+    return Outcome(made, alias, f"recsys serve --bundle {alias}", {"model": alias})
 
 
 def recommend(arguments: Arguments) -> Outcome:
@@ -294,7 +297,8 @@ def _add_serving(verbs: Any) -> None:
     for flag, options in flags():
         verb.add_argument(flag, **options)
     verb = _verb(verbs, "promote", promote, "bundle → champion, of a running server or in MLflow")
-    verb.add_argument("bundle", nargs="?", default="latest", metavar="BUNDLE | RUN")
+    about = "name or path of a bundle, or the run that it was made of (latest)"
+    verb.add_argument("bundle", nargs="?", default="latest", metavar="BUNDLE", help=about)
     verb.add_argument("--server", metavar="URL", help="a running server (key: RECSYS_API_KEY)")
     verb.add_argument("--name", default="shop", help="registered model, without --server (shop)")
     verb.add_argument("--why", default="", help="kept in the server's record")

@@ -1,10 +1,14 @@
-"""README's commands, run as printed: only ports differ, and what serves is stopped at the end."""
+"""README's commands, run as printed: only ports differ, and what serves is stopped at the end.
+
+The server closes its log each second, not each minute, so that nobody waits for the log.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -14,10 +18,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+
+from recsys.serving.app import ROUTES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -26,9 +33,14 @@ BIN = Path(sys.executable).parent
 
 def commands(heading: str) -> list[str]:
     """Return the lines of every bash block below a heading of README."""
+    return [line for block in blocks(heading) for line in block]
+
+
+def blocks(heading: str) -> list[list[str]]:
+    """Return the bash blocks below a heading of README, each as its lines."""
     section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-    return [line for block in blocks for line in block.strip().splitlines()]
+    found = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    return [block.strip().splitlines() for block in found]
 
 
 @pytest.fixture
@@ -104,11 +116,82 @@ def test_your_own_events(shop: Path) -> None:
     (serve,) = (line for line in lines if "serve" in line)
     asks = [line for line in lines if "curl" in line]
     assert len(asks) == 5
-    with running(serve.replace("8000", str(port)), f"http://localhost:{port}/readyz", shop):
+    started = serve.replace("8000", str(port)) + " --rotate-seconds 1"
+    with running(started, f"http://localhost:{port}/readyz", shop):
         answers = [json.loads(run(line.replace("8000", str(port)), shop)) for line in asks]
+        while_it_runs(port, shop)
     assert [answer.get("source") for answer in answers[:3]] == ["model", "model", "popular"]
     assert len(answers[0]["items"]) == 5
     assert answers[3]["item_id"] == answers[4]["item_id"] == "i7"
+
+
+def while_it_runs(port: int, shop: Path) -> None:
+    """Run what a running server is asked and told, and look at what it says."""
+    live, retrain, trial, about = blocks("While it runs")
+    post, _, known, batch, kept, erased = answers_to(live, port, shop)
+    assert post == {"accepted": 1}
+    assert (known["source"], known["history_used"]) == ("model", 1)
+    assert [answer["source"] for answer in batch["answers"]] == ["model", "model"]
+    assert [event["item_id"] for event in kept["events"]] == ["i7"]
+    assert erased["events"] == 1
+    wait_for_files(shop / "workspace" / "serving" / "log" / "events")
+    *_, deployed, back = answers_to(retrain, port, shop)
+    assert [deployed["generation"], back["generation"]] == [2, 3]
+    assert deployed["champion"] != back["champion"] == known["bundle"]
+    shadow, canary, report, ended, _, promoted, again = answers_to(trial, port, shop)
+    assert [shadow["record"]["mode"], canary["record"]["mode"]] == ["shadow", "canary"]
+    assert (report["mode"], report["share"]) == ("canary", 0.1)
+    assert ended["record"]["mode"] == "off"
+    assert promoted["champion"] == again["champion"] == deployed["champion"]
+    health, ready, metrics, described, page = answers_to(about, port, shop)
+    assert [health["status"], ready["status"]] == ["ok", "ready"]
+    assert "/v1/users/{user_id}" in described["paths"]
+    assert "recsys_requests_total" in metrics
+    assert "<html" in page
+
+
+def answers_to(lines: list[str], port: int, folder: Path) -> list[Any]:
+    """Run each line; return what curl got, JSON decoded, and of a verb what it printed."""
+    return [answer_to(line.replace("8000", str(port)), folder) for line in lines]
+
+
+def answer_to(line: str, folder: Path) -> Any:
+    said = run(line, folder)
+    if line.startswith("recsys "):
+        assert "Next" in said
+        return said
+    if not said.startswith(("{", "[")):
+        return said
+    answer = json.loads(said)
+    assert "error" not in answer, f"{line}\n{said}"
+    return answer
+
+
+def wait_for_files(folder: Path) -> None:
+    for _ in range(300):
+        if list(folder.glob("*.parquet")):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"nothing in {folder}")
+
+
+def test_every_endpoint_has_a_curl() -> None:
+    asked = [asked_by(line) for line in README.splitlines() if line.startswith("curl ")]
+    for route in ROUTES:
+        path = re.sub(r"\\{\w+\\}", r"[^/]+", re.escape(route.path))
+        assert any(how == route.method and re.fullmatch(path, to) for how, to in asked), route.path
+
+
+def asked_by(line: str) -> tuple[str, str]:
+    """Return the method and the path of a line with curl.
+
+    >>> asked_by("curl -s localhost:8000/v1/events -d '{}'")
+    ('POST', '/v1/events')
+    """
+    words = shlex.split(line)
+    named = words[words.index("-X") + 1] if "-X" in words else ""
+    (to,) = (word.partition("/")[2] for word in words if word.startswith("localhost:"))
+    return named or ("POST" if "-d" in words else "GET"), f"/{to}"
 
 
 def test_step_by_step(shop: Path) -> None:

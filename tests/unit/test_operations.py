@@ -139,13 +139,27 @@ def test_every_metric_of_the_server_is_shown() -> None:
     }
 
 
-def test_outcomes_are_codes_of_the_api() -> None:
-    from recsys.serving.app import REFUSALS
+def codes_of_the_api() -> set[str]:
+    """Return every outcome that a request may have."""
+    from recsys.serving import app
+    from recsys.serving.guard import Refusal
+    from recsys.serving.state import StateUnavailable
 
-    codes = {code for *_, code in REFUSALS} | {"internal", "ok"}
+    kinds, codes = [Refusal], {"ok", "not_found", "method_not_allowed"}
+    while kinds:
+        kinds += (kind := kinds.pop()).__subclasses__()
+        codes |= {kind.code} if "code" in vars(kind) else set()
+    others = (StateUnavailable("disk full"), ZeroDivisionError("ours"))
+    return codes | {code for *_, code in app.REFUSALS} | {app.refusal(one)[0] for one in others}
+
+
+def test_outcomes_are_codes_of_the_api() -> None:
+    codes, used = codes_of_the_api(), set()
     for expression in EXPRESSIONS:
         for named in re.findall(r'recsys_requests_total\{[^}]*outcome[=!~]+"([^"]*)"', expression):
-            assert set(named.split("|")) <= codes
+            used |= set(named.split("|"))
+    assert {"internal", "state_unavailable", "overloaded", "rate_limited"} <= used <= codes
+    assert all(f"`{code}`" in GUIDE for code in codes)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])

@@ -68,6 +68,8 @@ async def recommend(service: Service, request: Request) -> Reply:
 async def recommend_batch(service: Service, request: Request) -> Reply:
     """POST /v1/recommend/batch."""
     asked = decoded(BATCH, await _body(service, request))
+    if request.caller:
+        service.guard.charge(request.caller, len(asked.requests) - 1)
     request.answers = await service.recommend(asked.requests)
     return reply(AnswerBatch(request.answers))
 
@@ -182,14 +184,15 @@ class App:
         self.service = service
         self.routes: Routes[Service] = Routes(ROUTES)
         self.assets = StaticFiles(directory=openapi.assets())
-        self.overloaded = refusal(Overloaded())[1]
+        self.overloaded = refusal(Overloaded())[1].messages()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         started, path = time.perf_counter(), scope["path"]
         if path in MODELLED and self.service.full:
-            self.service.metrics.requested(path, Overloaded.code, 0.0)
-            return await self.overloaded.send(send)
+            self.service.metrics.turned_away(path)
+            await send(self.overloaded[0])
+            return await send(self.overloaded[1])
         if path.startswith(ASSETS + "/"):
             return await self._asset(scope, receive, send)
         request = Request(scope, receive)

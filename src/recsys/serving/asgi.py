@@ -17,6 +17,7 @@ Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 Header = tuple[bytes, bytes]
+Message = dict[str, Any]
 Service = TypeVar("Service")
 JSON: Header = (b"content-type", b"application/json")
 ENCODER = msgspec.json.Encoder()
@@ -30,12 +31,17 @@ class Reply:
     status: int = 200
     headers: tuple[Header, ...] = (JSON,)
 
-    async def send(self, send: Send) -> None:
-        """Send it."""
+    def messages(self) -> tuple[Message, Message]:
+        """Return it as ASGI has it: its start and its body."""
         length = (b"content-length", b"%d" % len(self.body))
         head = [*self.headers, length]
-        await send({"type": "http.response.start", "status": self.status, "headers": head})
-        await send({"type": "http.response.body", "body": self.body})
+        start = {"type": "http.response.start", "status": self.status, "headers": head}
+        return start, {"type": "http.response.body", "body": self.body}
+
+    async def send(self, send: Send) -> None:
+        """Send it."""
+        for message in self.messages():
+            await send(message)
 
 
 def reply(message: msgspec.Struct, status: int = 200, headers: tuple[Header, ...] = ()) -> Reply:

@@ -25,7 +25,7 @@ from urllib.parse import unquote_plus
 from recsys.schema import InputError, suggestion
 
 SCOPES = ("read", "events", "admin")
-"""read: ask for answers; events: post and erase what people did; admin: change what is served."""
+"""read: ask; events: post what people did; admin: see and erase a person, change what is served."""
 VARIABLE = "RECSYS_API_KEYS"
 SHORTEST = 16
 """Characters that a secret has at least."""
@@ -285,6 +285,11 @@ class Guard:
         if self.limit:
             self.limit.take(key.name, cost)
         return key
+
+    def charge(self, key: Key, cost: float) -> None:
+        """Take what a request turned out to cost beyond one; raise RateLimited over the rate."""
+        if self.limit and cost > 0:
+            self.limit.take(key.name, cost)
 
 
 def check_exposure(host: str, keys: Keys) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import shlex
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +69,9 @@ def serve(
     """
     log_json()
     check_exposure(settings.host, Keys.read(settings.keys))
+    if settings.tls_cert:
+        _check_tls(settings)
+    home(workspace, settings)
     bundle = workspace.find("bundle", settings.bundle)
     chosen = {**asdict(settings), "bundle": str(bundle)}
     given = json.dumps({"workspace": str(workspace.root), "settings": chosen})
@@ -84,9 +88,31 @@ def serve(
 
 
 def home(workspace: Workspace, settings: ServeSettings) -> Path:
-    """Return the folder where a server keeps paths, log and deployment record."""
-    plain = settings.state and "://" not in settings.state
-    return Path(settings.state).resolve() if plain else workspace.root / "serving"
+    """Return the folder where a server keeps paths, log and deployment record.
+
+    Raises InputError where `state` names a file, or an address that lacks its slashes.
+    """
+    plain = settings.state.removeprefix("lmdb:") if "://" not in settings.state else ""
+    if plain.startswith(("redis:", "rediss:", "unix:")) or Path(plain).is_file():
+        raise InputError(
+            f"state={settings.state!r} is no folder; expected a folder, redis://HOST:PORT/DB, "
+            "rediss://… or unix:///SOCKET"
+        )
+    return Path(plain).resolve() if plain else workspace.root / "serving"
+
+
+def _check_tls(settings: ServeSettings) -> None:
+    """Raise InputError where the certificate or its key cannot be used."""
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        # Without a password OpenSSL would ask for that of an encrypted key, on the terminal.
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+    except OSError as error:
+        raise InputError(
+            f"cannot use --tls-cert {settings.tls_cert} with --tls-key {settings.tls_key}: "
+            f"{error.strerror or error}; expected a certificate chain and its own key, both PEM, "
+            "the key without a password"
+        ) from error
 
 
 @contextmanager
@@ -166,7 +192,7 @@ def _started(settings: ServeSettings, listener: socket.socket, workers: list[Fac
         memory_mib=round(memory_mib([process, *process.children()]), 1),
         next=f"curl -s {url}/v1/recommend -d {shlex.quote(example)}",
     )
-    log.info("started", **asdict(started))
+    log.info("started", **{k: v for k, v in asdict(started).items() if k != "next"})
     return started
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from recsys.schema import InputError
 if TYPE_CHECKING:
     from confluent_kafka import Producer
 
+BROKER = re.compile(r"(\w+://)?(\[[0-9a-fA-F:.%]+\]|[\w.-]+):[0-9]{1,5}")
 TOPICS = {"events": "recsys.events", "answers": "recsys.answers"}
 OURS = ("bootstrap.servers", "enable.idempotence", "acks", "delivery.timeout.ms")
 """Options that decide what this sink promises, and so are not for others to set."""
@@ -88,8 +90,10 @@ class KafkaSink:
 
     def _connect(self) -> Producer:
         if self._producer is None:
-            from confluent_kafka import KafkaException, Producer
-
+            try:
+                from confluent_kafka import KafkaException, Producer
+            except ModuleNotFoundError as error:
+                raise InputError("kafka needs a client: pip install 'recsys[kafka]'") from error
             try:
                 self._producer = Producer(self._options)
             except KafkaException as error:
@@ -114,6 +118,12 @@ def _topics(given: Mapping[str, str]) -> dict[str, str]:
 def _options(brokers: str, given: Mapping[str, str], seconds: float) -> dict[str, Any]:
     if not brokers.strip():
         raise InputError("kafka: no brokers; expected HOST:PORT, or several with commas between")
+    for broker in brokers.split(","):
+        if not BROKER.fullmatch(broker.strip()):
+            raise InputError(
+                f"kafka: {broker!r} is no broker; expected HOST:PORT, such as localhost:9092, "
+                "or several with commas between"
+            )
     for name in given:
         if name in OURS:
             raise InputError(f"kafka: {name} is not to be set; it decides whether records get lost")

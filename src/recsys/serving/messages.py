@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -155,7 +155,7 @@ class Answer(Struct, frozen=True, omit_defaults=True):
     ignored: Ignored | None = None
     answer_id: str = ""
     arm: Arm = "champion"
-    fallback: Literal["deadline", "failed"] | None = None
+    fallback: Literal["deadline"] | None = None
 
 
 class AnswerBatch(Struct, frozen=True):
@@ -318,29 +318,35 @@ def converted(values: dict[str, str], kind: type[Message]) -> Message:
 def explained(message: str, root: type) -> str:
     """Return a validation message in the words of a request: what was met, where, what to type.
 
-    `root` is the Struct that the whole message was read as.
+    `root` is what the whole message was read as: a Struct, or a list of one kind of Struct.
 
     >>> explained("Invalid enum value 'vew' - at `$.history[0].event_type`", RecommendRequest)
     "history[0].event_type: unknown event type 'vew'; did you mean 'view'?"
     """
     text, _, path = message.partition(" - at `$")
     place = path.rstrip("`").lstrip(".")
-    return (f"{place}: " if place else "") + _reworded(text, _struct_at(place, root))
+    return (f"{place}: " if place else "") + _reworded(text, place, _struct_at(place, root))
 
 
 def _struct_at(place: str, root: type) -> type:
+    """Return the Struct at a place of a message: the root, one of a list, or one in a field."""
     if re.search(r"history\[\d+\]$", place):
         return HistoryEvent
-    if re.search(r"(^|\.)weights$", place):
-        return Weights
-    return RecommendRequest if re.search(r"^requests\[\d+\]$", place) else root
+    if place.startswith("["):
+        root = get_args(root)[0]
+    owner = RecommendRequest if place.startswith("requests[") else root
+    hint = get_type_hints(owner).get(place.rpartition(".")[2])
+    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, Struct)), owner)
 
 
-def _reworded(text: str, struct: type) -> str:
+def _reworded(text: str, place: str, struct: type) -> str:
     if field := re.search(r"unknown field `(.*)`", text):
         return _unknown("field", field[1], struct.__struct_fields__)  # type: ignore[attr-defined]
     if value := re.search(r"Invalid enum value '(.*)'", text):
-        return _unknown("event type", value[1], EVENT_TYPES)
+        name = place.rpartition(".")[2]
+        known = EVENT_TYPES if name == "event_type" else get_args(get_type_hints(struct).get(name))
+        return _unknown(name.replace("_", " "), value[1], known)
     return text[:1].lower() + text[1:].replace("`", "")
 
 

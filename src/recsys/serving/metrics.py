@@ -88,6 +88,10 @@ class Metrics:
         for outcome, number in {**counts, "refused": len(answer.refused)}.items():
             self._child(self.events, outcome).inc(number)
 
+    def turned_away(self, route: str) -> None:
+        """Count one request that was refused at the door, in as little time as that takes."""
+        self._child(self.requests, route, "overloaded").inc()
+
     def follow(self, counter: Counter, count: int) -> None:
         """Take over a count that is kept elsewhere."""
         counter.inc(count - self.followed.get(counter, 0))

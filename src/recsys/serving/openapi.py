@@ -74,7 +74,7 @@ def document() -> Json:
     """Return the OpenAPI 3.0 description of every route.
 
     >>> sorted(document()["paths"])[-1]
-    '/v1/similar/{item_id}'
+    '/v1/users/{user_id}'
     """
     _, schemas = msgspec.json.schema_components(
         _STRUCTS, ref_template="#/components/schemas/{name}"
@@ -183,7 +183,7 @@ def _content(struct: type, more: Json) -> Json:
 
 
 def _plain(schema: Any) -> Any:
-    """Return a schema in OpenAPI 3.0's words: no null type; an optional field may be absent.
+    """Return a schema in OpenAPI 3.0's words, which know no null type and no `propertyNames`.
 
     An empty list of required fields is left out too, and docstrings lose their indentation.
     """
@@ -196,9 +196,15 @@ def _plain(schema: Any) -> Any:
         for name, part in schema.items()
         if not (name == "default" and part is None) and not (name == "required" and not part)
     }
+    kept.pop("propertyNames", None)
+    if "exclusiveMinimum" in kept:
+        kept |= {"minimum": kept["exclusiveMinimum"], "exclusiveMinimum": True}
     if "description" in kept:
         kept["description"] = cleandoc(kept["description"])
-    choices = [part for part in kept.pop("anyOf", ()) if part != {"type": "null"}]
+    given = kept.pop("anyOf", ())
+    choices = [part for part in given if part != {"type": "null"}]
+    if len(choices) < len(given):
+        kept["nullable"] = True
     if len(choices) == 1 and "$ref" not in choices[0]:
         return choices[0] | kept
     return kept | ({"anyOf": choices} if choices else {})

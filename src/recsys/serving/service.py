@@ -28,7 +28,7 @@ from recsys.serving.log import AnswerJournal, LoggedAnswer, Shipper, erase
 from recsys.serving.messages import Answer, Arm, Event, EventsAnswer, RecommendRequest
 from recsys.serving.protocol import Patience
 from recsys.serving.settings import ServeSettings
-from recsys.serving.state import StateUnavailable, UserPath, UserState
+from recsys.serving.state import StateUnavailable, UserPath, UserState, user_hash
 from recsys.serving.tracing import Spans
 from recsys.serving.trial import Trial, choose, new_answer_id
 
@@ -60,10 +60,10 @@ class NoState(Refusal):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The requests of one HTTP request, and who answers them."""
+    """The requests of one HTTP request, and who answers each."""
 
     requests: Sequence[RecommendRequest]
-    arm: Arm
+    arms: Sequence[Arm]
 
 
 class Service:
@@ -92,6 +92,7 @@ class Service:
         self.trial.on_compared = self.metrics.overlap.observe
         self.trial.on_return = self.metrics.swaps.labels("returned").inc
         self.patience = Patience()
+        self.erased: dict[bytes, int] = {}
         self.lanes: Lanes[Job, list[Answer]] = Lanes(
             self._answer, settings.threads, TOGETHER, "engine", use_one_core
         )
@@ -125,14 +126,14 @@ class Service:
         for request in requests:
             check_limits(request, self.settings)
         roster = self.deployer.current
-        arm = choose(roster, requests[0].user_id)
+        arms = [choose(roster, request.user_id) for request in requests]
         started = time.perf_counter()
-        future = self.lanes.submit(Job(requests, arm))
+        future = self.lanes.submit(Job(requests, arms))
         late = asyncio.get_running_loop().call_later(self._seconds(requests), _give_up, future)
         try:
             answers = await future
         except Late:
-            answers = await self.aside_run(self._popular, roster, arm, requests)
+            answers = await self.aside_run(self._popular, roster, arms, requests)
         finally:
             late.cancel()
         self._count(requests, answers, time.perf_counter() - started)
@@ -143,7 +144,11 @@ class Service:
         intake = self._need(self.intake)
         if intake.lanes.pending >= self.settings.queue:
             raise Overloaded()
-        answer, new = await intake.take(events, self.engine.catalogue.index)
+        try:
+            answer, new = await intake.take(events, self.engine.catalogue.index)
+        except StateUnavailable:
+            self.metrics.state_errors.inc()
+            raise
         self.metrics.took(answer)
         for event in new:
             if event.answer_id and (arm := self.trial.clicked(event.answer_id)):
@@ -181,6 +186,7 @@ class Service:
         if self.state:
             with suppress(StateUnavailable):
                 self.metrics.outbox.set(self.state.backlog())
+                self.erased = dict(self.state.erased())
 
     def close(self) -> None:
         """End the threads, after what waits; the parts given from outside stay open."""
@@ -202,23 +208,28 @@ class Service:
     def _answer(self, jobs: Sequence[Job]) -> list[list[Answer] | BaseException]:
         """Answer jobs on a lane; a job that fails does not take the others with it."""
         roster = self.deployer.current
-        results: list[list[Answer] | BaseException] = [[] for _ in jobs]
-        for arm in dict.fromkeys(job.arm for job in jobs):
-            places = [place for place, job in enumerate(jobs) if job.arm == arm]
-            try:
-                answers = iter(self._by(roster, arm, [r for p in places for r in jobs[p].requests]))
-                for place in places:
-                    results[place] = [next(answers) for _ in jobs[place].requests]
-            except Exception as error:
-                for place in places:
-                    results[place] = self._alone(roster, jobs[place]) if len(places) > 1 else error
-        return results
+        try:
+            answers = iter(self._all(roster, jobs))
+            return [[next(answers) for _ in job.requests] for job in jobs]
+        except Exception as error:
+            return [self._alone(roster, job) for job in jobs] if len(jobs) > 1 else [error]
 
     def _alone(self, roster: Roster, job: Job) -> list[Answer] | BaseException:
         try:
-            return self._by(roster, job.arm, job.requests)
+            return self._all(roster, [job])
         except Exception as error:
             return error
+
+    def _all(self, roster: Roster, jobs: Sequence[Job]) -> list[Answer]:
+        """Return the answers to all jobs' requests in a row, each by its arm."""
+        requests = [request for job in jobs for request in job.requests]
+        arms = [arm for job in jobs for arm in job.arms]
+        found: dict[int, Answer] = {}
+        for arm in dict.fromkeys(arms):
+            places = [place for place, own in enumerate(arms) if own == arm]
+            answers = self._by(roster, arm, [requests[place] for place in places])
+            found.update(zip(places, answers, strict=True))
+        return [found[place] for place in range(len(requests))]
 
     def _by(self, roster: Roster, arm: Arm, requests: Sequence[RecommendRequest]) -> list[Answer]:
         """Return one arm's answers; where the challenger fails, the champion's."""
@@ -238,7 +249,7 @@ class Service:
     def _path(self, request: RecommendRequest) -> UserPath | None:
         """Return what a user did of late; with a history of its own only its erasure counts.
 
-        Where the state does not answer, the bundle's own history still serves.
+        Where the state does not answer, the bundle's own history still serves, but of the erased.
         """
         if self.state is None or request.user_id is None:
             return None
@@ -247,22 +258,19 @@ class Service:
         except StateUnavailable as error:
             self.metrics.state_errors.inc()
             log.warning("state_unavailable", reason=str(error))
-            return None
+            return UserPath([], [], [], self.erased.get(user_hash(request.user_id), 0))
 
     def _popular(
-        self, roster: Roster, arm: Arm, requests: Sequence[RecommendRequest]
+        self, roster: Roster, arms: Sequence[Arm], requests: Sequence[RecommendRequest]
     ) -> list[Answer]:
-        """Return what stands in for answers that are late; it counts against the arm."""
+        """Return what stands in for answers that are late; it counts against their arms."""
+        return [self._instead(roster, *pair) for pair in zip(arms, requests, strict=True)]
+
+    def _instead(self, roster: Roster, arm: Arm, request: RecommendRequest) -> Answer:
         engine = (roster.challenger if arm == "challenger" else None) or roster.champion
-        facts = {"arm": arm, "fallback": "deadline"}
-        return [
-            msgspec.structs.replace(
-                engine.popular(request, self._path(request)),
-                answer_id=new_answer_id(arm, roster.trial),
-                **facts,
-            )
-            for request in requests
-        ]
+        answer = engine.popular(request, self._path(request))
+        facts = {"arm": arm, "answer_id": new_answer_id(arm, roster.trial), "fallback": "deadline"}
+        return msgspec.structs.replace(answer, **facts)
 
     def _ask(self, engine: Engine, request: RecommendRequest) -> Answer:
         """Answer as a challenger would; what the trial compares in shadow."""

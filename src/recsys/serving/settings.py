@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -32,6 +32,7 @@ LIMITS = {
     "watch_seconds": (1, 86_400),
 }
 """Smallest and largest value of each number."""
+ALIAS = re.compile(r"models:/[^/@]+@[^/@]+")
 
 
 def _set(default: Any, about: str) -> Any:
@@ -48,11 +49,11 @@ class ServeSettings:
     """
 
     bundle: str = _set("latest", "name, path, or models:/shop@champion")
-    host: str = _set("127.0.0.1", "address to listen on; beyond this machine only with --keys")
+    host: str = _set("127.0.0.1", "address to listen on; beyond this machine only with API keys")
     port: int = _set(8000, "0 takes any free one")
     workers: int = _set(1, "processes that answer, each loading the bundle")
     threads: int = _set(2, "of each worker, beside its event loop, each computing on one core")
-    queue: int = _set(64, "requests that may wait in a worker; past it they are refused (429)")
+    queue: int = _set(24, "requests that may wait in a worker; further ones get 429")
     deadline_ms: int = _set(1_000, "an answer that takes longer is the popular items instead")
     max_body_bytes: int = _set(1 << 20, "larger bodies are refused (413)")
     max_k: int = _set(MAX_K, "largest k")
@@ -86,18 +87,18 @@ class ServeSettings:
                 raise InputError(f"{name}={value} is out of range; expected {low} to {high}")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise InputError("tls_cert and tls_key go together: give both, or neither")
-
-    @classmethod
-    def of_cores(cls, **given: Any) -> ServeSettings:
-        """Return settings with a worker a core where `workers` is not given."""
-        return cls(**{"workers": len(os.sched_getaffinity(0)), **given})
+        if self.watch and not ALIAS.fullmatch(self.watch):
+            raise InputError(
+                f"watch={self.watch!r} is no MLflow alias; expected models:/NAME@ALIAS, such as "
+                "models:/shop@champion"
+            )
 
 
 def flags() -> list[tuple[str, dict[str, Any]]]:
     """Return each setting as a command's flag: name, and what argparse needs to know.
 
     >>> dict(flags())["--port"]["help"]
-    '0 takes any free one (8000)'
+    '0 takes any free one (default 8000)'
     """
     return [("--" + f.name.replace("_", "-"), _argument(f)) for f in fields(ServeSettings)]
 
@@ -106,10 +107,10 @@ def _argument(setting: Any) -> dict[str, Any]:
     import argparse
 
     default, about = setting.default, setting.metadata["about"]
-    shown = f"{about} ({default})" if isinstance(default, int | str) and default else about
+    shown = f"{about} (default {default})" if isinstance(default, int | str) and default else about
     if isinstance(default, bool):
         kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": None}
-        return {**kind, "help": about}
+        return {**kind, "help": f"{about} (default {'on' if default else 'off'})"}
     return {"type": type(default), "default": None, "help": shown, "metavar": _word(setting)}
 
 

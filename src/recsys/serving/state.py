@@ -137,8 +137,12 @@ def open_state(address: str, *, max_events: int, keep_ms: int, sync: bool) -> Us
         from recsys.serving.state_lmdb import LmdbState
 
         return LmdbState(rest, max_events=max_events, keep_ms=keep_ms, sync=sync)
-    from recsys.serving.state_redis import RedisState
-
+    try:
+        from recsys.serving.state_redis import RedisState
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"state={scheme}:… needs {error.name}: pip install 'recsys[redis]'"
+        ) from error
     return RedisState(address, max_events=max_events, keep_ms=keep_ms, sync=sync)
 
 

@@ -250,7 +250,9 @@ class RedisState:
                 "and that it is the primary"
             ) from error
         except FAILURES as error:
-            raise StateUnavailable(f"{self._where} is not available: {error}") from error
+            raise StateUnavailable(
+                f"{self._where} is not available: {error}; start it, or set `state` to another"
+            ) from error
         self._warn_if_forgetful(sync)
 
     def _join(self) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 import structlog
 
 from recsys.schema import InputError
+from recsys.serving.state import StateUnavailable
 
 log = structlog.get_logger("recsys.serving")
 SEAT = "RECSYS_WORKER_SEAT"
@@ -133,13 +134,13 @@ def work(serve: Callable[[Seat], None]) -> int:
     """Be a worker until told to stop; return the exit code.
 
     `serve` takes its requests from `socket.socket(fileno=seat.listener)`, calls `seat.ready` when
-    it does, stops at SIGTERM, and raises InputError where it cannot start.
+    it does, stops at SIGTERM, and raises InputError or StateUnavailable where it cannot start.
     """
     seat = Seat.taken()
     seat.follow()
     try:
         serve(seat)
-    except InputError as error:
+    except (InputError, StateUnavailable) as error:
         seat.failed(str(error))
         return INPUT_ERROR
     return 0

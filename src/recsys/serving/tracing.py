@@ -125,6 +125,6 @@ def _traces_url(endpoint: str) -> str:
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InputError(
-            f"otlp_endpoint={endpoint!r} is no address; expected one such as http://localhost:4318"
+            f"otlp={endpoint!r} is no address; expected one such as http://localhost:4318"
         )
     return endpoint if parts.path.strip("/") else endpoint.rstrip("/") + "/v1/traces"

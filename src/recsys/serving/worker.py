@@ -19,7 +19,7 @@ from recsys.serving.accepting import Acceptor
 from recsys.serving.app import App
 from recsys.serving.deployment import Deployer, Record
 from recsys.serving.guard import Guard, Keys, RateLimit
-from recsys.serving.http import home, log_json
+from recsys.serving.http import MORE_SECONDS, home, log_json
 from recsys.serving.kafka import KafkaSink
 from recsys.serving.log import AnswerJournal, Shipper
 from recsys.serving.promote import AliasWatch
@@ -32,11 +32,16 @@ from recsys.serving.tracing import spans
 
 DAY = 86_400_000
 EXPIRED_EVERY = 3_600.0
+GAUGED_EVERY = 5.0
+SWITCH_SECONDS = 0.0005
 
 
 def serve(seat: Seat) -> None:
     """Be a worker of `recsys serve`, with the settings that its seat brings."""
     log_json()
+    # The event loop and the lanes take turns at the interpreter; by default each may hold it 5 ms,
+    # which under a flood of requests to refuse is what each step of an answer waits.
+    sys.setswitchinterval(SWITCH_SECONDS)
     given = json.loads(seat.given)
     settings = ServeSettings(**given["settings"])
     listener = socket.socket(fileno=seat.listener)
@@ -68,7 +73,7 @@ def running(
             stack.callback(tracer.close)
         shipper = Shipper(folder / "log", state, rotate_seconds=settings.rotate_seconds, sink=sink)
         shipper.start()
-        stack.callback(shipper.stop)
+        stack.callback(shipper.stop, MORE_SECONDS - 1)
         journal = AnswerJournal(folder / "log", rotate_seconds=settings.rotate_seconds)
         stack.callback(journal.close)
         service = Service(
@@ -148,7 +153,14 @@ class Server(uvicorn.Server):
         self.acceptor = Acceptor(self, sockets[0], self.seat.held())
         self.patience.ended = self.acceptor.publish
         self.acceptor.start()
+        self.looking = asyncio.create_task(self._look())
         self.seat.ready(_facts(self.service))
+
+    async def _look(self) -> None:
+        """Bring up to date what is not counted as it happens: any worker may be scraped."""
+        while True:
+            await self.service.aside_run(self.service.gauge)
+            await asyncio.sleep(GAUGED_EVERY)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Turn unready, go on for the time of grace, then let requests in flight end."""
@@ -156,6 +168,7 @@ class Server(uvicorn.Server):
         self.acceptor.leave()
         await asyncio.sleep(self.settings.grace_seconds)
         self.acceptor.stop()
+        self.looking.cancel()
         await super().shutdown(sockets)
 
 
