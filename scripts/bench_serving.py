@@ -103,7 +103,7 @@ def plain(name: str, bundle: Path, given: argparse.Namespace) -> Iterator[Runnin
     )
     server = Running(process, f"http://127.0.0.1:{port}", 0.0)
     try:
-        while not answers(server):
+        while not answers(server, known(bundle, 1)[0][0]):
             if process.poll() is not None or time.monotonic() > started + 120:
                 raise SystemExit(f"{name} did not start: run {' '.join(command)} 1")
             time.sleep(0.1)
@@ -116,10 +116,10 @@ def plain(name: str, bundle: Path, given: argparse.Namespace) -> Iterator[Runnin
         process.wait(60)
 
 
-def answers(server: Running) -> bool:
+def answers(server: Running, user: str) -> bool:
     async def ask() -> int:
         connection = await server.target.connect()
-        body = b'{"user_id": "u", "k": 10}'
+        body = json.dumps({"user_id": user, "k": 10}).encode()
         reply = await connection.ask(server.target.request("POST", "/v1/recommend", body))
         connection.close()
         return reply.status

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 BROAD = 0.5
 """Above this share of all items, or this many bytes, a subset's vectors are not copied."""
 GATHERED_BYTES = 64 << 20
-FEW = 32
-"""Up to so many answers are looked through one by one."""
 STEPS = 4
 SPARE = 128
 """So many items to pass over are allowed for at first: where there are more, most lie far off."""
@@ -167,7 +165,7 @@ class ItemIndex:
                 for row, ranked in zip(
                     rows, self._ranked(queries_BHD[rows], min(width, size), subset), strict=True
                 ):
-                    hits = _best(*ranked, k, outs[row])
+                    hits = _best(*ranked, k, outs[row], queries_BHD.shape[1] > 1)
                     if len(hits[0]) >= k or self._is_all(hits, width, outs[row], subset):
                         found[row] = hits
         return [
@@ -335,37 +333,18 @@ def _ordered(indices: Indices, scores: Scores) -> tuple[Indices, Scores]:
     return indices[order], scores[order]
 
 
-def _best(indices: Indices, scores: Scores, k: int, out: Out) -> Hits:
+def _best(indices: Indices, scores: Scores, k: int, out: Out, repeats: bool = False) -> Hits:
     """Return the first `k` that are not to be passed over, of equal ones the smallest first."""
-    if k > FEW:
-        return _many_best(indices, scores, k, out)
+    pairs = zip(indices.tolist(), scores.tolist(), strict=True)
     passed = {PAD, *out}
-    kept: list[int] = []
-    values: list[float] = []
-    for index, score in zip(indices.tolist(), scores.tolist(), strict=True):
-        if index not in passed:
-            passed.add(index)
-            kept.append(index)
-            values.append(score)
-            if len(kept) == k:
-                break
+    hits = [(index, score) for index, score in pairs if index not in passed]
+    if repeats:
+        hits = [*dict(reversed(hits)).items()][::-1]  # the first of each, which is its best
+        hits.sort(key=lambda hit: -hit[1])
+    kept, values = [index for index, _ in hits[:k]], [score for _, score in hits[:k]]
     if len(set(values)) < len(values):  # smaller indices are more popular items
         kept = [index for _, index in sorted(zip([-value for value in values], kept, strict=True))]
     return kept, values
-
-
-def _many_best(indices: Indices, scores: Scores, k: int, out: Out) -> Hits:
-    """Return what `_best` does, by arrays: for many items faster than one by one."""
-    passed = np.fromiter(out, np.int64, len(out))
-    kept = np.flatnonzero((indices != PAD) & ~np.isin(indices, passed))
-    first = np.unique(indices[kept], return_index=True)[1]
-    if len(first) < len(kept):
-        kept = kept[np.sort(first)]
-    indices, scores = indices[kept[:k]], scores[kept[:k]]
-    if (scores[1:] == scores[:-1]).any():
-        order = np.lexsort((indices, -scores))
-        indices, scores = indices[order], scores[order]
-    return indices.tolist(), scores.tolist()
 
 
 def _stack(rows: Sequence[Hits], k: int) -> Found:
