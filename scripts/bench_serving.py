@@ -53,6 +53,8 @@ request = function()
     '{"user_id": "' .. users[at] .. '", "k": 10}')
 end
 """
+OTHERS = {"FastAPI": "fastapi", "LitServe": "litserve"}
+"""To be installed by hand, for --beside: pip install fastapi litserve."""
 console = Console(stderr=True)
 
 
@@ -310,6 +312,7 @@ def others(name: str, bundle: Path, given: argparse.Namespace) -> Json:
         found: Json = {"start_seconds": server.seconds, "memory_mib": server.memory_mib()}
         found["sequential"] = sequential(server, users, given)
         found["saturation"] = saturation(server, users, given)
+        found["open"] = open_rates(server, users, given)
         console.print(name, found)
     return found
 
@@ -360,9 +363,8 @@ def main() -> None:
             report["recsys, two stages"] = ours(two, given, Path(folder))
         if "one" in given.stages:
             report["recsys, retrieval"] = ours(bundle, given, Path(folder))
-        if given.beside:
-            report["FastAPI, two stages"] = others("fastapi", two, given)
-            report["LitServe, two stages"] = others("litserve", two, given)
+        for name, module in OTHERS.items() if given.beside else ():
+            report[f"{name}, two stages"] = others(module, two, given)
     Console().print(table(report))
     print(json.dumps(report))
 

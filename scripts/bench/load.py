@@ -92,6 +92,7 @@ class Target:
         key = f"Authorization: Bearer {self.key}\r\n" if self.key else ""
         host = f"[{self.host}]" if ":" in self.host else self.host
         head = f"{method} {path} HTTP/1.1\r\nHost: {host}:{self.port}\r\n{key}"
+        head += "Content-Type: application/json\r\n" if body else ""
         return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
     async def connect(self) -> Connection:

@@ -53,7 +53,7 @@ class ServeSettings:
     port: int = _set(8000, "0 takes any free one")
     workers: int = _set(1, "processes that answer, each loading the bundle")
     threads: int = _set(2, "of each worker, beside its event loop, each computing on one core")
-    queue: int = _set(24, "requests that may wait in a worker; further ones get 429")
+    queue: int = _set(16, "requests that may wait in a worker; further ones get 429")
     deadline_ms: int = _set(1_000, "an answer that takes longer is the popular items instead")
     max_body_bytes: int = _set(1 << 20, "larger bodies are refused (413)")
     max_k: int = _set(MAX_K, "largest k")
