@@ -15,7 +15,7 @@ from typing import Any
 
 from recsys import __version__
 from recsys.artifacts import Workspace
-from recsys.schema import InputError
+from recsys.schema import InputError, suggestion
 
 Arguments = argparse.Namespace
 
@@ -33,7 +33,10 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return 0, or 2 with a message where the user gave something wrong."""
     started = time.perf_counter()
-    arguments = parser().parse_args(argv)
+    arguments, unknown = parser().parse_known_args(argv)
+    if unknown:
+        print(f"recsys {arguments.verb}: {_unknown(arguments, unknown[0])}", file=sys.stderr)
+        return 2
     # Read when OpenMP is loaded. By default its threads spin for milliseconds while they wait and
     # starve each other where cores are shared: training was 16 times slower beside one other busy
     # process. A short spin costs a twentieth when alone.
@@ -52,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if outcome is not None:
         report(outcome, time.perf_counter() - started, arguments.json)
     return 0
+
+
+def _unknown(arguments: Arguments, met: str) -> str:
+    known = [name for name in arguments.options if name.startswith("--")]
+    hint = suggestion(met.partition("=")[0], known)
+    return f"unknown argument {met!r}{hint}; recsys {arguments.verb} --help lists what there is"
 
 
 def explain(error: BaseException) -> str | None:
@@ -252,6 +261,7 @@ def _verb(verbs: Any, name: str, function: Any, about: str) -> argparse.Argument
     verb.add_argument(
         "--json", action="store_true", help="last line: the result as one JSON object"
     )
+    verb.set_defaults(options=verb._option_string_actions)
     return verb
 
 

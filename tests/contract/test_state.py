@@ -17,7 +17,6 @@ import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from redis_server import RedisServer, free_port
 from structlog.testing import capture_logs
 
 from recsys.schema import InputError
@@ -34,6 +33,7 @@ from recsys.serving.state import (
 )
 from recsys.serving.state_lmdb import LmdbState
 from recsys.serving.state_redis import RedisState
+from redis_server import RedisServer, free_port
 
 SLOW = 5_000
 """Milliseconds to wait for Redis: on a busy machine a test is slow, not wrong."""

@@ -76,3 +76,11 @@ def test_prepare_ends_with_the_next_command_and_json(
     assert result["num_items"] == 30
     assert Path(result["dataset"]).is_dir()
     assert any(line.startswith("Next   recsys train data.dataset=") for line in lines)
+
+
+def test_a_misspelt_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--bundel", "x"]) == 2
+    assert capsys.readouterr().err == (
+        "recsys serve: unknown argument '--bundel'; did you mean '--bundle'?; "
+        "recsys serve --help lists what there is\n"
+    )
