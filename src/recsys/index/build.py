@@ -96,7 +96,7 @@ class IndexSettings:
     def resolve(self, num_items: int) -> str:
         """Return the kind to build for this many items.
 
-        >>> IndexSettings().resolve(100_000), IndexSettings().resolve(100_001)
+        >>> IndexSettings().resolve(20_000), IndexSettings().resolve(20_001)
         ('flat', 'ivf_flat')
         """
         if self.kind != "auto":
