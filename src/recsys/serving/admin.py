@@ -64,7 +64,7 @@ async def bundles(service: Service, request: Request) -> Reply:
 
 async def deploy(service: Service, request: Request) -> Reply:
     """POST /admin/bundles: load, test, and answer with another bundle."""
-    asked = decoded(DEPLOY, await _body(service, request))
+    asked = decoded(DEPLOY, await service.body(request))
     return await _changed(
         service,
         request,
@@ -76,7 +76,7 @@ async def deploy(service: Service, request: Request) -> Reply:
 
 async def rollback(service: Service, request: Request) -> Reply:
     """POST /admin/bundles/rollback: return to the champion before this one."""
-    asked = decoded(CHANGE, await _body(service, request) or b"{}")
+    asked = decoded(CHANGE, await service.body(request) or b"{}")
     return await _changed(
         service,
         request,
@@ -93,7 +93,7 @@ async def challenger(service: Service, request: Request) -> Reply:
 
 async def challenge(service: Service, request: Request) -> Reply:
     """POST /admin/challenger: try a bundle."""
-    asked = decoded(CHALLENGE, await _body(service, request))
+    asked = decoded(CHALLENGE, await service.body(request))
     return await _changed(
         service,
         request,
@@ -116,7 +116,7 @@ async def stop_challenge(service: Service, request: Request) -> Reply:
 
 async def promote_challenger(service: Service, request: Request) -> Reply:
     """POST /admin/challenger/promote: make the challenger the champion."""
-    asked = decoded(CHANGE, await _body(service, request) or b"{}")
+    asked = decoded(CHANGE, await service.body(request) or b"{}")
     return await _changed(
         service,
         request,
@@ -136,11 +136,6 @@ async def _changed(
         raise
     service.metrics.swaps.labels("ok").inc()
     return reply(service.deployer.report())
-
-
-async def _body(service: Service, request: Request) -> bytes:
-    settings = service.settings
-    return await request.body(settings.max_body_bytes, settings.body_seconds)
 
 
 class AdminRoute(NamedTuple):

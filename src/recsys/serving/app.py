@@ -60,14 +60,14 @@ RETRY: tuple[Header, ...] = ((b"retry-after", b"1"),)
 
 async def recommend(service: Service, request: Request) -> Reply:
     """POST /v1/recommend."""
-    asked = decoded(REQUEST, await _body(service, request))
+    asked = decoded(REQUEST, await service.body(request))
     request.answers = await service.recommend([asked])
     return reply(request.answers[0])
 
 
 async def recommend_batch(service: Service, request: Request) -> Reply:
     """POST /v1/recommend/batch."""
-    asked = decoded(BATCH, await _body(service, request))
+    asked = decoded(BATCH, await service.body(request))
     if request.caller:
         service.guard.charge(request.caller, len(asked.requests) - 1)
     request.answers = await service.recommend(asked.requests)
@@ -88,7 +88,7 @@ async def item(service: Service, request: Request) -> Reply:
 
 async def post_events(service: Service, request: Request) -> Reply:
     """POST /v1/events: one event as an object, or many as an array."""
-    body = await _body(service, request)
+    body = await service.body(request)
     if not body.lstrip().startswith(b"["):
         return reply(single(await service.take([decoded(EVENT, body)])))
     events = decoded(EVENTS, body)
@@ -255,8 +255,3 @@ def refusal(error: Exception) -> tuple[str, Reply]:
 def refuse(status: int, code: str, message: str, headers: tuple[Header, ...] = ()) -> Reply:
     """Return the JSON body that every error has."""
     return reply(ErrorAnswer(Problem(code, message)), status, headers)
-
-
-async def _body(service: Service, request: Request) -> bytes:
-    settings = service.settings
-    return await request.body(settings.max_body_bytes, settings.body_seconds)

@@ -28,6 +28,7 @@ from recsys.index.bundle import Bundle
 from recsys.schema import InputError
 from recsys.serving.engine import Engine, use_one_core
 from recsys.serving.messages import SECONDS_UNTIL, HistoryEvent, RecommendRequest
+from recsys.serving.parts import synced
 
 log = structlog.get_logger("recsys.serving")
 RECORD = "deployment.json"
@@ -230,7 +231,7 @@ class Record:
                 file.flush()
                 os.fsync(file.fileno())
             scratch.replace(self.path)
-            _sync(self.path.parent)
+            synced(self.path.parent)
         except OSError as error:
             with contextlib.suppress(OSError):
                 scratch.unlink(missing_ok=True)
@@ -675,12 +676,3 @@ def _check_share(share: float) -> None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename within `folder` outlast the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

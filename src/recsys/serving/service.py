@@ -19,6 +19,7 @@ import structlog
 
 from recsys.schema import InputError
 from recsys.serving import metrics
+from recsys.serving.asgi import Request
 from recsys.serving.deployment import Deployer, Roster
 from recsys.serving.engine import Engine, use_one_core
 from recsys.serving.guard import Guard, Keys, Refusal
@@ -159,6 +160,10 @@ class Service:
     def full(self) -> bool:
         """Whether no further request can wait."""
         return self.lanes.pending >= self.settings.queue
+
+    async def body(self, request: Request) -> bytes:
+        """Return a request's body, within this server's limits of size and time."""
+        return await request.body(self.settings.max_body_bytes, self.settings.body_seconds)
 
     async def aside_run(self, work: Callable[..., Result], *inputs: object) -> Result:
         """Call something rare or slow beside the lanes."""
