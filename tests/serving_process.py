@@ -27,11 +27,10 @@ class Running(NamedTuple):
         return httpx.Client(base_url=self.url, timeout=30)
 
 
-def start(
-    workspace: Workspace, *arguments: str, module: str = "recsys.serving", **environment: str
-) -> subprocess.Popen[str]:
-    """Start a server on the workspace and return at once."""
-    command = [sys.executable, "-m", module, "--workspace", str(workspace.root), *arguments]
+def start(workspace: Workspace, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a server on the workspace and return at once; a busy machine may answer late."""
+    own = ["--workspace", str(workspace.root), "--deadline-ms", "60000"]
+    command = [sys.executable, "-m", "recsys.serving", *own, *arguments]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -56,3 +55,12 @@ def running(workspace: Workspace, *arguments: str, **environment: str) -> Iterat
         guard.cancel()
         process.kill()
         process.communicate()
+
+
+def refused(workspace: Workspace, *arguments: str) -> str:
+    """Start a server that must not start, and return what it says."""
+    process = start(workspace, "--port", "0", *arguments)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert "Traceback" not in err
+    return err

@@ -16,7 +16,7 @@ import pytest
 
 from recsys.artifacts import Workspace
 from recsys.serving.state import open_state
-from serving_process import running, start
+from serving_process import refused, running
 from tiny_bundles import write_tiny_bundle
 
 
@@ -38,15 +38,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs root and the right to mount")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def refused(workspace: Workspace, *arguments: str) -> str:
-    """Start a server that must not start, and return what it says."""
-    process = start(workspace, "--port", "0", *arguments)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (2, "")
-    assert "Traceback" not in err
-    return err
 
 
 def event(number: int) -> dict[str, str]:

@@ -7,7 +7,6 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 from recsys.artifacts import Workspace
 from recsys.serving.engine import Engine
 from recsys.serving.messages import Answer, RecommendRequest
-from serving_process import running, start
+from serving_process import refused, running
 from tiny_bundles import write_tiny_bundle
 
 MIB = 1 << 20
@@ -94,17 +93,10 @@ def test_a_body_of_50_mb_is_refused_without_being_kept(
         assert client.get("/healthz").status_code == 200
 
 
-def refused(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (2, "")
-    assert "Traceback" not in err
-    return err
-
-
 def test_a_taken_port_is_named(workspace: Workspace) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        message = refused(start(workspace, "--port", str(port)))
+        message = refused(workspace, "--port", str(port))
     assert f"port {port} on 127.0.0.1 is taken" in message
     assert f"--port {port + 1}" in message
 
@@ -121,14 +113,14 @@ def test_a_taken_port_is_named(workspace: Workspace) -> None:
 def test_what_cannot_be_served_is_said(
     workspace: Workspace, arguments: tuple[str, ...], part: str
 ) -> None:
-    assert part in refused(start(workspace, *arguments))
+    assert part in refused(workspace, *arguments)
 
 
 def test_a_damaged_bundle_is_not_served(workspace: Workspace) -> None:
     path = write_tiny_bundle(workspace.folder("bundle") / "damaged")
     file = path / "index.faiss"
     os.truncate(file, file.stat().st_size // 2)
-    assert "index.faiss: content differs" in refused(start(workspace, "--bundle", "damaged"))
+    assert "index.faiss: content differs" in refused(workspace, "--bundle", "damaged")
 
 
 def test_a_request_in_flight_is_answered_before_it_stops(workspace: Workspace) -> None:

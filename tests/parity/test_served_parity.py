@@ -64,7 +64,7 @@ def served(workspace: Workspace, bodies: list[dict[str, Any]]) -> list[dict[str,
     folder = workspace.root / "serving"
     Record(folder).begin(workspace.find("bundle"))
     deployer = Deployer(folder)
-    service = Service(deployer, ServeSettings())
+    service = Service(deployer, ServeSettings(deadline_ms=60_000))
 
     async def ask() -> list[dict[str, Any]]:
         transport = httpx.ASGITransport(App(service))

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from queue import SimpleQueue
 
 import pytest
 
@@ -52,6 +53,26 @@ def test_a_batch_is_what_waits_and_no_more() -> None:
 
     asyncio.run(main())
     assert batches == [[0], [1, 2, 3], [4]]
+
+
+class Stale(SimpleQueue):
+    """Says that one more waits, as a queue does whose last job another thread takes just now."""
+
+    def qsize(self) -> int:
+        return 1
+
+    def empty(self) -> bool:
+        return False
+
+
+def test_no_thread_waits_for_a_job_that_another_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recsys.serving.lanes.SimpleQueue", Stale)
+
+    async def main() -> int:
+        lanes: Lanes[int, int] = Lanes(list)
+        return await asyncio.wait_for(lanes.submit(7), 10)
+
+    assert asyncio.run(main()) == 7
 
 
 def test_one_failure_is_its_own_and_a_crash_is_everybodys() -> None:

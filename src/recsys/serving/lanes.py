@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
-from queue import SimpleQueue
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 Job = TypeVar("Job")
@@ -63,15 +64,17 @@ class Lanes(Generic[Job, Result]):
         if self.prepare:
             self.prepare()
         while (first := self.queue.get()) is not _STOP:
-            taken = [first]
-            # Leave to the other threads their share of what waits.
-            share = -(-self.queue.qsize() // len(self.threads))
-            while len(taken) < min(self.together, 1 + share) and not self.queue.empty():
-                if (more := self.queue.get()) is _STOP:
+            self._answer([first, *self._more()])
+
+    def _more(self) -> Iterator[tuple[Job, asyncio.Future[Result]]]:
+        """Take what waits, but leave the other threads their share of it."""
+        share = -(-self.queue.qsize() // len(self.threads))
+        with suppress(Empty):  # another thread may have been faster
+            for _ in range(min(self.together - 1, share)):
+                if (more := self.queue.get_nowait()) is _STOP:
                     self.queue.put(_STOP)
-                    break
-                taken.append(more)
-            self._answer(taken)
+                    return
+                yield more
 
     def _answer(self, taken: list[tuple[Job, asyncio.Future[Result]]]) -> None:
         wanted = [(job, future) for job, future in taken if not future.done()]
