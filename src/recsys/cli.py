@@ -113,7 +113,8 @@ def evaluate(arguments: Arguments) -> Outcome:
     """Run → metrics on the test part, beside the baselines."""
     from recsys import launch
 
-    return _trained(launch.evaluate(Workspace().find("run", arguments.run_name)))
+    workspace = Workspace()
+    return _trained(launch.evaluate(workspace.find("run", arguments.run_name), workspace))
 
 
 def _trained(trained: Any) -> Outcome:

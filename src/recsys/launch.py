@@ -122,11 +122,11 @@ def train(overrides: Sequence[str], workspace: Workspace) -> Any:
     return trained
 
 
-def evaluate(run: Path) -> Any:
+def evaluate(run: Path, workspace: Workspace) -> Any:
     """Rank the test part again for a finished run; print it by slice."""
     from recsys.training.train import retest
 
-    trained = retest(run)
+    trained = retest(run, workspace)
     trained.tested.show(Console(), slices=True)
     return trained
 
@@ -214,7 +214,7 @@ def run(overrides: Sequence[str], workspace: Workspace) -> Done:
 
 
 def _variants(overrides: Sequence[str]) -> dict[str, DictConfig]:
-    from recsys.training.train import short_name
+    from recsys.training.runs import short_name
 
     config = configure(overrides)
     variants = _plain(config.variants)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from recsys.data.dataset import Dataset
-from recsys.history import encode, pack
+from recsys.history import Arrays, encode, pack
 from recsys.schema import InputError
 
 Step = tuple[int, int]
@@ -23,52 +23,48 @@ Step = tuple[int, int]
 class Batches(TorchDataset[dict[str, Tensor]]):
     """All batches of a training: indexed by (epoch, step), so any worker can make any of them."""
 
-    def __init__(self, dataset: Dataset, size: int, seed: int, length: int) -> None:
-        self.dataset, self.size, self.seed, self.length = dataset, size, seed, length
+    layout: str
+    derived: tuple[str, ...] = ("order",)
+    """Attributes that a spawned worker makes again."""
+
+    def __init__(self, dataset: Dataset, size: int, seed: int) -> None:
+        self.dataset, self.size, self.seed = dataset, size, seed
         self._derive()
-        if not len(self.users):
-            raise InputError(
-                f"{dataset.path}: no user has two events to train on; prepare more events, or "
-                "lower data.min_item_events and data.min_user_events"
-            )
 
     def _derive(self) -> None:
-        self.users, self.ends = self.examples()
         self.order = lru_cache(maxsize=1)(self._order)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what a spawned worker derives again from the memory-mapped dataset."""
-        derived = ("users", "ends", "order")
-        return {name: value for name, value in vars(self).items() if name not in derived}
+        """Leave out what is derived."""
+        return {name: value for name, value in vars(self).items() if name not in self.derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._derive()
 
-    def examples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return each training example's user row and the place in the trajectory where it ends."""
+    @property
+    def total(self) -> int:
+        """Training examples."""
         raise NotImplementedError
 
-    def collate(
-        self, users: NDArray[np.int64], ends: NDArray[np.int64], rng: np.random.Generator
-    ) -> dict[str, NDArray]:
-        """Return the arrays of one batch; what is drawn for it comes from `rng` alone."""
+    def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
+        """Return the arrays of one batch of examples; what is drawn for it comes from `rng`."""
         raise NotImplementedError
 
     @property
     def steps(self) -> int:
         """Batches an epoch."""
-        return -(-len(self.users) // self.size)
+        return -(-self.total // self.size)
 
     def __getitem__(self, index: Step) -> dict[str, Tensor]:
         epoch, step = index
         rows = self.order(epoch)[step * self.size : (step + 1) * self.size]
         rng = np.random.default_rng([self.seed, epoch, step])
-        arrays = self.collate(self.users[rows], self.ends[rows], rng)
+        arrays = self.collate(rows, rng)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.users))
+        return np.random.default_rng([self.seed, epoch]).permutation(self.total)
 
     def loader(
         self, workers: int = 0, sampler: Steps | None = None
@@ -105,7 +101,35 @@ class Steps(Sampler[Step]):
         return ((self.epoch, step) for step in range(self.first, self.steps))
 
 
-class PackedBatches(Batches):
+class EventBatches(Batches):
+    """Batches of histories that end at training events, read from the memory-mapped dataset."""
+
+    derived = ("order", "users", "ends")
+
+    def __init__(self, dataset: Dataset, size: int, seed: int, length: int) -> None:
+        self.length = length
+        super().__init__(dataset, size, seed)
+        if not self.total:
+            raise InputError(
+                f"{dataset.path}: no user has two events to train on; prepare more events, or "
+                "lower data.min_item_events and data.min_user_events"
+            )
+
+    def _derive(self) -> None:
+        super()._derive()
+        self.users, self.ends = self.examples()
+
+    @property
+    def total(self) -> int:
+        """Training examples."""
+        return len(self.users)
+
+    def examples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return each training example's user row and the place in the trajectory where it ends."""
+        raise NotImplementedError
+
+
+class PackedBatches(EventBatches):
     """`size` histories a batch, packed into few rows; every event after the first is a target.
 
     `windows`: `last` trains on each user's newest `length` positions, `all` on every position.
@@ -137,15 +161,13 @@ class PackedBatches(Batches):
         back = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return np.repeat(users, counts), np.repeat(ends, counts) - back * self.length
 
-    def collate(
-        self, users: NDArray[np.int64], ends: NDArray[np.int64], rng: np.random.Generator
-    ) -> dict[str, NDArray]:
+    def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
         """Return packed rows, see `history.pack`."""
-        histories = self.dataset.histories(users, ends, self.length + 1)
-        return dict(pack(histories, self.length, self.horizon, rng))
+        histories = self.dataset.histories(self.users[rows], self.ends[rows], self.length + 1)
+        return pack(histories, self.length, self.horizon, rng)
 
 
-class PairBatches(Batches):
+class PairBatches(EventBatches):
     """`size` pairs of a history and the event after it, every training position once an epoch."""
 
     layout = "pairs"
@@ -156,10 +178,9 @@ class PairBatches(Batches):
         users = np.repeat(np.arange(len(counts)), counts)
         return users, np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + 1
 
-    def collate(
-        self, users: NDArray[np.int64], ends: NDArray[np.int64], rng: np.random.Generator
-    ) -> dict[str, NDArray]:
+    def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
         """Return right-padded histories, `users` (row + 1), `targets` and `target_types`."""
+        users, ends = self.users[rows], self.ends[rows]
         places = self.dataset.offsets[users] + ends
         now = np.asarray(self.dataset.events["times"][places])
         targets, types = (

@@ -25,7 +25,6 @@ from recsys.schema import InputError
 from recsys.training.checkpoints import Bookmark
 from recsys.training.memory import peak_memory_gib
 
-MONITOR = "validation/ndcg@10"
 EPOCH_KS = (10, 20, 100)
 """Cut-offs of each epoch's figures; the test at the end has all."""
 
@@ -33,18 +32,28 @@ AVERAGED_STEPS = 8
 """The average of weights takes up every eighth step's: near the same, and seldom felt."""
 
 
-class FullRanking(Callback):
-    """Ranks the validation part after each epoch, and logs and prints the epoch's figures.
+class Validation(Callback):
+    """Measures the validation part after each epoch, and logs and prints the epoch's figures.
 
     `history` holds one dict of figures an epoch and travels in the checkpoint. Where weights are
-    averaged, `averaging` lends the average for the ranking.
+    averaged, `averaging` lends the average for measuring. `monitor` names what training maximises,
+    the first of `shown`.
     """
 
-    def __init__(
-        self, dataset: Dataset, exclude_seen: bool, averaging: Callback | None = None
-    ) -> None:
-        self.dataset, self.exclude_seen, self.averaging = dataset, exclude_seen, averaging
+    shown: tuple[str, ...]
+
+    def __init__(self, averaging: Callback | None = None) -> None:
+        self.averaging = averaging
         self.history: list[dict[str, float]] = []
+
+    @property
+    def monitor(self) -> str:
+        """The figure that the best epoch has most of."""
+        return f"validation/{self.shown[0]}"
+
+    def measure(self, module: Any) -> dict[str, float]:
+        """Return validation metrics of the module's weights as they are."""
+        raise NotImplementedError
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         """Log before checkpoints and early stopping look: Lightning calls those last."""
@@ -57,28 +66,30 @@ class FullRanking(Callback):
         }
         if self.averaging:
             self.averaging.on_validation_epoch_start(trainer, module)
-        figures |= {f"validation/{k}": v for k, v in self.rank(module).items()}
+        module.model.eval()
+        figures |= {f"validation/{k}": v for k, v in self.measure(module).items()}
+        module.model.train()
         if self.averaging:
             self.averaging.on_validation_epoch_end(trainer, module)
         figures["validation/seconds"] = time.perf_counter() - trained
         self.history.append({"epoch": trainer.current_epoch, **figures})
         module.log_dict({k: torch.tensor(v, dtype=torch.float64) for k, v in figures.items()})
-        print(_line(trainer, figures), file=sys.stderr, flush=True)
+        print(self._line(trainer, figures), file=sys.stderr, flush=True)
 
-    def rank(self, module: Any) -> dict[str, float]:
-        """Return validation metrics of the module's weights as they are."""
-        module.model.eval()
-        scorer = ModelScorer(module.model, module.device)
-        result = evaluate(
-            self.dataset,
-            scorer,
-            "validation",
-            exclude_seen=self.exclude_seen,
-            ks=EPOCH_KS,
-            details=False,
+    def _line(self, trainer: pl.Trainer, figures: dict[str, float]) -> str:
+        shown = "  ".join(f"{name} {figures[f'validation/{name}']:.4f}" for name in self.shown)
+        return (
+            f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"
+            f"  loss {figures['train/loss']:.4f}"
+            f"  validation {shown}"
+            f"  {figures['train/positions_per_second']:,.0f} positions/s"
         )
-        module.model.train()
-        return {name: value for name, value in result.metrics.items() if "/" not in name}
+
+    def best(self) -> dict[str, float]:
+        """Return the best epoch's validation figures, and which epoch it was."""
+        best = max(self.history, key=lambda figures: figures[self.monitor])
+        named = {k.removeprefix("validation/"): v for k, v in best.items() if "validation/" in k}
+        return named | {"epoch": best["epoch"]}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epochs' figures."""
@@ -89,14 +100,29 @@ class FullRanking(Callback):
         self.history = state_dict["history"]
 
 
-def _line(trainer: pl.Trainer, figures: dict[str, float]) -> str:
-    return (
-        f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"
-        f"  loss {figures['train/loss']:.4f}"
-        f"  validation ndcg@10 {figures[MONITOR]:.4f}"
-        f"  recall@10 {figures['validation/recall@10']:.4f}"
-        f"  {figures['train/positions_per_second']:,.0f} positions/s"
-    )
+class FullRanking(Validation):
+    """Ranks all items for the validation part's users."""
+
+    shown = ("ndcg@10", "recall@10")
+
+    def __init__(
+        self, dataset: Dataset, exclude_seen: bool, averaging: Callback | None = None
+    ) -> None:
+        super().__init__(averaging)
+        self.dataset, self.exclude_seen = dataset, exclude_seen
+
+    def measure(self, module: Any) -> dict[str, float]:
+        """Return recall, NDCG and MRR."""
+        scorer = ModelScorer(module.model, module.device)
+        result = evaluate(
+            self.dataset,
+            scorer,
+            "validation",
+            exclude_seen=self.exclude_seen,
+            ks=EPOCH_KS,
+            details=False,
+        )
+        return {name: value for name, value in result.metrics.items() if "/" not in name}
 
 
 def averaged(epochs: float | None, steps: int) -> EMAWeightAveraging | None:
@@ -114,25 +140,26 @@ def averaged(epochs: float | None, steps: int) -> EMAWeightAveraging | None:
 
 
 def callbacks(
-    folder: Path, ranking: FullRanking, bookmark: Bookmark, patience: int | None
+    folder: Path, validation: Validation, bookmark: Bookmark, patience: int | None
 ) -> list[Callback]:
     """Return validation, checkpoints (best and last), early stopping and a bar on a terminal."""
     checkpoint = ModelCheckpoint(
         dirpath=folder,
         filename="best",
-        monitor=MONITOR,
+        monitor=validation.monitor,
         mode="max",
         save_last=True,
         enable_version_counter=False,
         save_on_train_epoch_end=True,
     )
-    wanted: list[Callback] = [ranking, bookmark, checkpoint]
-    if ranking.averaging:
-        wanted.insert(0, ranking.averaging)
+    wanted: list[Callback] = [validation, bookmark, checkpoint]
+    if validation.averaging:
+        wanted.insert(0, validation.averaging)
     if patience:
-        wanted.append(
-            EarlyStopping(MONITOR, mode="max", patience=patience, check_on_train_epoch_end=True)
+        stopping = EarlyStopping(
+            validation.monitor, mode="max", patience=patience, check_on_train_epoch_end=True
         )
+        wanted.append(stopping)
     if sys.stderr.isatty():
         wanted.append(TQDMProgressBar(refresh_rate=10))
     return wanted

@@ -1,4 +1,4 @@
-"""The Lightning module around any retriever: encode, score, loss, log.
+"""The Lightning modules: encode, score, loss, log.
 
 Shapes: P supervised positions, D dim.
 """
@@ -52,40 +52,17 @@ class Objective:
         return weight_P / weight_P.mean().clamp(min=1e-6)
 
 
-class RetrieverModule(pl.LightningModule):
-    """Trains a `recsys.models.Retriever`; `train_count` [N + 1] counts each item's events.
+class SeededModule(pl.LightningModule):
+    """Counts, shows and seeds the steps of a training, whatever it trains.
 
     Randomness is a function of (seed, step), so a resumed run draws what an uninterrupted one does.
     """
 
     total_loss: Tensor
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        optimizer: OptimizerFactory,
-        train_count: Tensor,
-        seed: int,
-        objective: Objective | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: OptimizerFactory, seed: int) -> None:
         super().__init__()
-        self.objective = objective or Objective()
-        self.model, self.loss, self.make_optimizer, self.seed = model, loss, optimizer, seed
-        share = train_count.float() / train_count.sum().clamp(min=1)
-        self.register_buffer("share", share, persistent=False)
-
-    def training_step(self, batch: dict[str, Tensor], step: int) -> Tensor:
-        """Return the mean loss over the batch's supervised positions."""
-        query_PD, target_P = self.model.training_pairs(batch)  # type: ignore[operator]
-        weight_P = self.objective.weights(batch)
-        loss = self.loss(query_PD, target_P, self.item_side, weight_P=weight_P)
-        if self.objective.contrastive:
-            again_PD, _ = self.model.training_pairs(batch)  # type: ignore[operator]
-            loss = loss + self.objective.contrastive * contrastive(query_PD, again_PD, target_P)
-        self.count(loss, len(target_P))
-        self.show(loss)
-        return loss
+        self.model, self.make_optimizer, self.seed = model, optimizer, seed
 
     def show(self, loss: Tensor) -> None:
         """Log and show where it is due only: Lightning takes a millisecond for each value."""
@@ -96,12 +73,7 @@ class RetrieverModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer over all parameters."""
-        return self.make_optimizer(self.model.parameters())
-
-    @property
-    def item_side(self) -> ItemSide:
-        """The item side as the loss sees it."""
-        return ItemSide(self.model.item_vectors, self.model.vectors_of, self.share)  # type: ignore
+        return self.make_optimizer(self.parameters())
 
     @property
     def rate(self) -> float:
@@ -145,3 +117,38 @@ class RetrieverModule(pl.LightningModule):
         torch.default_generator.manual_seed(seed)  # a tenth of the time of torch.manual_seed
         if self.device.type == "cuda":
             torch.cuda.manual_seed_all(seed)
+
+
+class RetrieverModule(SeededModule):
+    """Trains a `recsys.models.Retriever`; `train_count` [N + 1] counts each item's events."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        optimizer: OptimizerFactory,
+        train_count: Tensor,
+        seed: int,
+        objective: Objective | None = None,
+    ) -> None:
+        super().__init__(model, optimizer, seed)
+        self.objective, self.loss = objective or Objective(), loss
+        share = train_count.float() / train_count.sum().clamp(min=1)
+        self.register_buffer("share", share, persistent=False)
+
+    def training_step(self, batch: dict[str, Tensor], step: int) -> Tensor:
+        """Return the mean loss over the batch's supervised positions."""
+        query_PD, target_P = self.model.training_pairs(batch)  # type: ignore[operator]
+        weight_P = self.objective.weights(batch)
+        loss = self.loss(query_PD, target_P, self.item_side, weight_P=weight_P)
+        if self.objective.contrastive:
+            again_PD, _ = self.model.training_pairs(batch)  # type: ignore[operator]
+            loss = loss + self.objective.contrastive * contrastive(query_PD, again_PD, target_P)
+        self.count(loss, len(target_P))
+        self.show(loss)
+        return loss
+
+    @property
+    def item_side(self) -> ItemSide:
+        """The item side as the loss sees it."""
+        return ItemSide(self.model.item_vectors, self.model.vectors_of, self.share)  # type: ignore

@@ -74,7 +74,7 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     if not checkpoint.is_file():
         raise InputError(f"{checkpoint} is missing; resume or repeat the training")
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    weights = {name.removeprefix("model."): value for name, value in state.items()}
+    weights = {n.removeprefix("model."): v for n, v in state.items() if n.startswith("model.")}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -82,6 +82,16 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
             f"{checkpoint} does not fit this dataset or model: {_first_misfit(error)}; use the "
             "dataset that the run was trained on, or train anew"
         ) from error
+
+
+def short_name(target: str) -> str:
+    """Return a class path as a name.
+
+    >>> short_name("recsys.models.TwoTower")
+    'two_tower'
+    """
+    name = target.rsplit(".", 1)[-1]
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
 
 
 def _first_misfit(error: RuntimeError) -> str:

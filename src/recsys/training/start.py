@@ -27,10 +27,15 @@ SPREAD = 0.02
 """Standard deviation of the vectors, as at random."""
 
 
-def start_items(model: nn.Module, dataset: Dataset, start: Start) -> None:
-    """Put `model.items` where `start` says; raise InputError for an unknown word."""
+def check_start(start: Start) -> None:
+    """Raise InputError for an unknown word."""
     if start not in get_args(Start):
         raise InputError(f"item_start={start}: expected {' or '.join(get_args(Start))}")
+
+
+def start_items(model: nn.Module, dataset: Dataset, start: Start) -> None:
+    """Put `model.items` where `start` says."""
+    check_start(start)
     if start == "cooccurrence":
         assert isinstance(model.items, nn.Embedding)
         vectors_ND = cooccurrence_vectors(dataset, model.items.embedding_dim)

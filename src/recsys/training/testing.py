@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from torch import nn
 
 from recsys.data.dataset import Dataset
 from recsys.data.synthetic import truth_of
@@ -18,7 +16,7 @@ from recsys.evaluation.protocol import Evaluation, evaluate
 from recsys.evaluation.report import report_table, slices_table
 from recsys.evaluation.scorers import ModelScorer
 from recsys.evaluation.significance import RANKS, Comparison, compare_evaluations
-from recsys.training.runs import BEST, load_weights
+from recsys.training.callbacks import Validation
 
 MAIN = ("recall@10", "ndcg@10")
 
@@ -84,32 +82,26 @@ def _show_intervals(comparisons: Iterable[Comparison], console: Console) -> None
 def rank_test(
     folder: Path,
     dataset: Dataset,
-    model: nn.Module,
-    facts: Mapping[str, Any],
+    scorer: ModelScorer,
+    validation: Validation,
     exclude_seen: bool,
 ) -> Tested:
-    """Load the best checkpoint into `model`, rank the test part, and write ranks and plots."""
-    load_weights(model, folder / BEST)
-    scorers = [ModelScorer(model.eval().cpu(), name=str(facts["model"])), *baselines(dataset)]
+    """Rank the test part by a model and by the baselines, and write ranks and plots."""
+    scorers = [scorer, *baselines(dataset)]
     truth = truth_of(dataset)
     scorers += [truth] if truth else []
     rows = {s.name: evaluate(dataset, s, "test", exclude_seen=exclude_seen) for s in scorers}
-    first = next(iter(rows))
-    rows[first].save(folder / RANKS)
-    metrics = {"test" if name == first else name: row.metrics for name, row in rows.items()}
-    metrics["validation"] = _best_epoch(facts["history"])
-    return Tested(rows, metrics, [folder / RANKS, *_draw(folder, rows, facts)])
+    rows[scorer.name].save(folder / RANKS)
+    metrics = {"test" if name == scorer.name else name: row.metrics for name, row in rows.items()}
+    metrics["validation"] = validation.best()
+    return Tested(rows, metrics, [folder / RANKS, *_draw(folder, rows, validation.history)])
 
 
-def _best_epoch(history: list[dict[str, float]]) -> dict[str, float]:
-    best = max(history, key=lambda figures: figures["validation/ndcg@10"])
-    named = {k.removeprefix("validation/"): v for k, v in best.items() if "validation/" in k}
-    return named | {"epoch": best["epoch"]}
-
-
-def _draw(folder: Path, rows: Mapping[str, Evaluation], facts: Mapping[str, Any]) -> list[Path]:
+def _draw(
+    folder: Path, rows: Mapping[str, Evaluation], history: list[dict[str, float]]
+) -> list[Path]:
     return [
-        learning_curves(facts["history"], folder / "learning-curves.png"),
+        learning_curves(history, folder / "learning-curves.png"),
         scorer_bars(rows, folder / "test.png"),
         slice_bars(rows, folder / "slices.png"),
     ]

@@ -11,30 +11,59 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from recsys.artifacts import MANIFEST, Workspace, write_json, write_manifest
+from recsys.artifacts import MANIFEST, Workspace, read_manifest, write_json, write_manifest
 from recsys.data.batches import Batches, Steps
-from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset
 from recsys.schema import InputError
-from recsys.training.callbacks import FullRanking, averaged, callbacks
+from recsys.training.callbacks import Validation, callbacks
 from recsys.training.checkpoints import Bookmark, WholeCheckpoints
 from recsys.training.memory import keep_large_buffers
-from recsys.training.module import Objective, RetrieverModule
-from recsys.training.runs import BEST, LAST, build_model, dataset_of, load_run, read_config
-from recsys.training.start import start_items
-from recsys.training.testing import Tested, rank_test
+from recsys.training.module import SeededModule
+from recsys.training.runs import BEST, LAST, dataset_of, read_config, short_name
+from recsys.training.testing import Tested
 from recsys.training.tracking import Tracker, make_tracker
 
 MADE_BY_MANIFEST = ("kind", "schema_version", "recsys_version", "created", "files", "fingerprint")
 STATE = "run.json"
 """What an unfinished run needs to go on: written at its start, before the first step."""
+
+
+class Job(Protocol):
+    """What differs between trainings: what is trained, on what, and how it is measured.
+
+    lineage: what the run's manifest is to say beside the dataset.
+    """
+
+    lineage: dict[str, Any]
+
+    @property
+    def dataset(self) -> Dataset:
+        """What it trains on."""
+
+    @property
+    def module(self) -> SeededModule:
+        """What Lightning trains."""
+
+    @property
+    def batches(self) -> Batches:
+        """What it is fed."""
+
+    @property
+    def validation(self) -> Validation:
+        """What happens after each epoch."""
+
+    def begin(self, folder: Path) -> None:
+        """Do what a new training needs once, before its first step."""
+
+    def test(self, folder: Path) -> Tested:
+        """Measure the best weights on the test part."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +81,9 @@ def train(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Trained
     folder = workspace.folder("run") / name
     if folder.exists():
         raise InputError(f"run {name!r} exists already: choose another name=, or resume={name}")
-    module, batches, ranking = _assemble(config, dataset)
-    start_items(module.model, dataset, config.item_start)
+    job = _assemble(config, dataset, workspace)
     (folder / LAST).parent.mkdir(parents=True)
+    job.begin(folder)
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
     tracker = _tracker(config, folder, workspace, None)
     lineage = {
@@ -62,9 +91,9 @@ def train(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Trained
         "path": str(dataset.path.resolve()),
         "fingerprint": dataset.fingerprint,
     }
-    state = {"name": name, "mlflow_run_id": tracker.run_id, "dataset": lineage}
+    state = {"name": name, "mlflow_run_id": tracker.run_id, "dataset": lineage, **job.lineage}
     write_json(folder / STATE, state)
-    return _run(config, folder, state, module, batches, ranking, tracker, workspace)
+    return _run(config, folder, state, job, tracker, workspace)
 
 
 def resume(folder: Path, workspace: Workspace) -> Trained:
@@ -75,41 +104,40 @@ def resume(folder: Path, workspace: Workspace) -> Trained:
     if not (folder / STATE).is_file():
         raise InputError(f"{folder}: no {STATE} in it; train it anew")
     state = _read_state(folder)
-    module, batches, ranking = _assemble(config, dataset_of(state["dataset"]))
+    job = _assemble(config, dataset_of(state["dataset"]), workspace)
     tracker = _tracker(config, folder, workspace, state["mlflow_run_id"])
-    return _run(config, folder, state, module, batches, ranking, tracker, workspace)
+    return _run(config, folder, state, job, tracker, workspace)
 
 
-def retest(folder: Path) -> Trained:
-    """Rank the test part again with a finished run's best weights."""
+def retest(folder: Path, workspace: Workspace) -> Trained:
+    """Test a finished run's best weights again."""
     started = time.perf_counter()
-    run = load_run(folder)
-    exclude = run.config.evaluation.exclude_seen
-    tested = rank_test(folder, run.dataset, run.model, run.manifest, exclude)
-    facts = {k: v for k, v in run.manifest.items() if k not in MADE_BY_MANIFEST}
+    manifest = read_manifest(folder, "run")
+    job = _assemble(read_config(folder), dataset_of(manifest["dataset"]), workspace)
+    job.validation.history = manifest["history"]
+    tested = job.test(folder)
+    facts = {k: v for k, v in manifest.items() if k not in MADE_BY_MANIFEST}
     write_manifest(folder, "run", **{**facts, "metrics": tested.metrics})
     return Trained(folder, tested, time.perf_counter() - started)
 
 
-def _assemble(config: DictConfig, dataset: Dataset) -> tuple[RetrieverModule, Batches, FullRanking]:
+def _assemble(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Job:
     """Make all that a setting could be wrong for, before anything is written."""
     _check_device(config.trainer.accelerator)
     pl.seed_everything(config.seed, verbose=False)
-    model = build_model(config, dataset)
-    batches = instantiate(
-        config.batches, dataset=dataset, seed=config.seed, length=config.model.max_length
-    )
+    model, batches = (get_object(config[part]._target_) for part in ("model", "batches"))
     if batches.layout != model.layout:
         raise InputError(
             f"model {short_name(config.model._target_)} trains on {model.layout} batches, not on "
             f"{batches.layout}: batches={model.layout}"
         )
-    count = torch.from_numpy(Catalogue.of(dataset).train_count)
-    loss, optimizer = instantiate(config.loss), instantiate(config.optimizer)
-    objective = Objective(**config.objective)
-    module = RetrieverModule(model, loss, optimizer, count, config.seed, objective)
-    averaging = averaged(config.averaging, batches.steps)
-    return module, batches, FullRanking(dataset, config.evaluation.exclude_seen, averaging)
+    if model.layout == "shown":
+        from recsys.training.ranking import RankingJob
+
+        return RankingJob(config, dataset, workspace)
+    from recsys.training.retrieval import RetrievalJob
+
+    return RetrievalJob(config, dataset)
 
 
 def _check_device(accelerator: str) -> None:
@@ -124,53 +152,44 @@ def _run(
     config: DictConfig,
     folder: Path,
     state: Mapping[str, Any],
-    module: RetrieverModule,
-    batches: Batches,
-    ranking: FullRanking,
+    job: Job,
     tracker: Tracker,
     workspace: Workspace,
 ) -> Trained:
     started = time.perf_counter()
-    tracker.start(config, batches.dataset)
-    _fit(config, folder, module, batches, tracker, ranking)
+    tracker.start(config, job.dataset)
+    _fit(config, folder, job, tracker)
     seconds = time.perf_counter() - started
     facts = {
         **state,
         "model": short_name(config.model._target_),
-        "epochs": len(ranking.history),
+        "epochs": len(job.validation.history),
         "train_seconds": seconds,
-        "history": ranking.history,
+        "history": job.validation.history,
     }
-    tested = rank_test(folder, batches.dataset, module.model, facts, config.evaluation.exclude_seen)
+    tested = job.test(folder)
     write_manifest(folder, "run", **facts, metrics=tested.metrics)
     workspace.mark_latest("run", folder)
     tracker.finish(tested.logged, [*tested.files, folder / BEST])
     return Trained(folder, tested, time.perf_counter() - started)
 
 
-def _fit(
-    config: DictConfig,
-    folder: Path,
-    module: RetrieverModule,
-    batches: Batches,
-    tracker: Tracker,
-    ranking: FullRanking,
-) -> None:
+def _fit(config: DictConfig, folder: Path, job: Job, tracker: Tracker) -> None:
     keep_large_buffers()
     _quiet()
-    sampler, last = Steps(batches.steps), folder / LAST
+    sampler, last = Steps(job.batches.steps), folder / LAST
     bookmark = Bookmark(sampler, last, **config.checkpoint_every)
     trainer = instantiate(
         config.trainer,
         logger=tracker.logger,
-        callbacks=callbacks(last.parent, ranking, bookmark, config.patience),
+        callbacks=callbacks(last.parent, job.validation, bookmark, config.patience),
         plugins=[WholeCheckpoints()],
         default_root_dir=folder,
         enable_progress_bar=sys.stderr.isatty(),
     )
-    loader = batches.loader(config.workers, sampler)
+    loader = job.batches.loader(config.workers, sampler)
     path = last if last.is_file() else None
-    trainer.fit(module, train_dataloaders=loader, ckpt_path=path, weights_only=True)
+    trainer.fit(job.module, train_dataloaders=loader, ckpt_path=path, weights_only=True)
 
 
 def _tracker(config: DictConfig, folder: Path, workspace: Workspace, run_id: str | None) -> Tracker:
@@ -180,16 +199,6 @@ def _tracker(config: DictConfig, folder: Path, workspace: Workspace, run_id: str
 
 def _read_state(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / STATE).read_text()))
-
-
-def short_name(target: str) -> str:
-    """Return a class path as a name.
-
-    >>> short_name("recsys.models.TwoTower")
-    'two_tower'
-    """
-    name = target.rsplit(".", 1)[-1]
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
 
 
 def _quiet() -> None:

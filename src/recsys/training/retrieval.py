@@ -1,0 +1,54 @@
+"""What a training of a retriever is made of: model, batches, full ranking, and the test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from recsys.data.catalogue import Catalogue
+from recsys.data.dataset import Dataset
+from recsys.evaluation.scorers import ModelScorer
+from recsys.training.callbacks import FullRanking, averaged
+from recsys.training.module import Objective, RetrieverModule
+from recsys.training.runs import BEST, build_model, load_weights, short_name
+from recsys.training.start import check_start, start_items
+from recsys.training.testing import Tested, rank_test
+
+
+class RetrievalJob:
+    """A retriever to train on a dataset; raises InputError for all that a setting can get wrong."""
+
+    def __init__(self, config: DictConfig, dataset: Dataset) -> None:
+        check_start(config.item_start)
+        self.config, self.dataset = config, dataset
+        model = build_model(config, dataset)
+        self.batches = instantiate(
+            config.batches, dataset=dataset, seed=config.seed, length=config.model.max_length
+        )
+        self.module = RetrieverModule(
+            model,
+            instantiate(config.loss),
+            instantiate(config.optimizer),
+            torch.from_numpy(Catalogue.of(dataset).train_count),
+            config.seed,
+            Objective(**config.objective),
+        )
+        averaging = averaged(config.averaging, self.batches.steps)
+        self.validation = FullRanking(dataset, config.evaluation.exclude_seen, averaging)
+        self.lineage: dict[str, Any] = {}
+
+    def begin(self, folder: Path) -> None:
+        """Put the item vectors where a new training starts."""
+        start_items(self.module.model, self.dataset, self.config.item_start)
+
+    def test(self, folder: Path) -> Tested:
+        """Rank the test part with the best weights, beside the baselines."""
+        load_weights(self.module.model, folder / BEST)
+        name = short_name(self.config.model._target_)
+        scorer = ModelScorer(self.module.model.eval().cpu(), name=name)
+        exclude = self.config.evaluation.exclude_seen
+        return rank_test(folder, self.dataset, scorer, self.validation, exclude)
