@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import shutil
 import sys
+import tarfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -21,6 +22,8 @@ AMAZON_2018 = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2"
 AMAZON_2023 = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw"
 MOVIELENS_TERMS = "research use, no redistribution; Harper & Konstan 2015 (see its README)"
 AMAZON_TERMS = "academic use; McAuley lab, UC San Diego"
+KUAIRAND = "https://zenodo.org/records/10439422/files"
+KUAIRAND_TERMS = "CC BY-SA 4.0; Gao et al., CIKM 2022"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,30 @@ def _movielens(name: str, md5: str | None, expects: tuple[str, ...]) -> Public:
     )
 
 
+def _kuairand(version: str) -> Public:
+    name = f"KuaiRand-{version}"
+    logs = ("standard_4_08_to_4_21", "standard_4_22_to_5_08", "random_4_22_to_5_08")
+    files = (*(f"log_{log}" for log in logs), "user_features", "video_features_basic")
+    return Public(
+        page="https://kuairand.com",
+        terms=KUAIRAND_TERMS,
+        command=f"recsys train experiment=kuairand data.path={{folder}}/{name}",
+        files=(f"{KUAIRAND}/{name}.tar.gz",),
+        expects=tuple(f"{name}/data/{file}_{version.lower()}.csv" for file in files),
+    )
+
+
+def _reczoo(name: str, experiment: str, terms: str, expects: tuple[str, ...]) -> Public:
+    return Public(
+        page=f"https://huggingface.co/datasets/reczoo/{name}",
+        terms=terms,
+        command=f"recsys train experiment={experiment} data.path={{folder}}",
+        files=(f"https://huggingface.co/datasets/reczoo/{name}/resolve/main/{name}.zip",),
+        expects=expects,
+    )
+
+
+ARCHIVES = (".zip", ".tar.gz")
 CSVS = ("ratings.csv", "movies.csv")
 DATASETS = {
     # GroupLens changes latest-small from time to time, so it has no fixed hash.
@@ -102,6 +129,43 @@ DATASETS = {
         command="recsys prepare data=otto data.path={folder}/otto-recsys-train.jsonl",
         expects=("otto-recsys-train.jsonl",),
     ),
+    "kuairand-pure": _kuairand("Pure"),
+    "kuairand-1k": _kuairand("1K"),
+    "kuaivideo_x1": _reczoo(
+        "KuaiVideo_x1",
+        "kuaivideo_x1",
+        "research use, see the page; Kuaishou, prepared by BARS",
+        ("train.csv", "test.csv", "item_visual_emb_dim64.h5"),
+    ),
+    "taobao_ad_x1": _reczoo(
+        "TaobaoAd_x1",
+        "taobao_ad_x1",
+        "research use, see the page; Alibaba, prepared by BARS",
+        ("train.csv", "test.csv"),
+    ),
+    "criteo_x4": _reczoo(
+        "Criteo_x4",
+        "criteo_x4",
+        "research use, see the page; Criteo, split by BARS",
+        ("train.csv", "valid.csv", "test.csv"),
+    ),
+    "taobao_ad": Public(
+        page="https://tianchi.aliyun.com/dataset/56",
+        terms="research use, see the page; needs a Tianchi account",
+        command="recsys prepare data=taobao_ad data.path={folder}",
+        expects=("raw_sample.csv", "ad_feature.csv", "user_profile.csv", "behavior_log.csv"),
+    ),
+    "ali_ccp": Public(
+        page="https://tianchi.aliyun.com/dataset/408",
+        terms="research use, see the page; needs a Tianchi account",
+        command="recsys train experiment=ali_ccp data.path={folder}",
+        expects=(
+            "sample_skeleton_train.csv",
+            "sample_skeleton_test.csv",
+            "common_features_train.csv",
+            "common_features_test.csv",
+        ),
+    ),
 }
 
 
@@ -127,10 +191,10 @@ def by_hand(name: str, folder: Path, wanted: tuple[str, ...], reason: str) -> st
     public = DATASETS[name]
     urls = "".join(f"\n  {url}" for url in public.files)
     md5 = f" (MD5 {public.md5})" if public.md5 else ""
-    zipped = any(url.endswith(".zip") for url in public.files)
+    packed = next((end for end in ARCHIVES for url in public.files if url.endswith(end)), None)
     put = (
-        f"put the .zip{md5} in {folder} as it is and run this again"
-        if zipped
+        f"put the {packed}{md5} in {folder} as it is and run this again"
+        if packed
         else (f"put {', '.join(wanted)} in {folder}")
     )
     return (
@@ -177,6 +241,12 @@ def _digest(file: Path, kind: str) -> str:
 
 
 def _unpack(file: Path, folder: Path) -> None:
+    if file.name.endswith(".tar.gz"):
+        try:
+            with tarfile.open(file) as archive:
+                archive.extractall(folder, filter="data")
+        except tarfile.FilterError as error:
+            raise SystemExit(f"{file}: {error}; an entry points outside {folder}") from None
     if file.suffix != ".zip":
         return
     root = folder.resolve()

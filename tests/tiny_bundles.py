@@ -6,6 +6,7 @@ N items, D dim, B requests, L history length.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from recsys.artifacts import write_manifest, writing
+from recsys.features import Features
 from recsys.index.build import build
 
 AISLES = ("shoes", "hats", "books", "garden")
@@ -23,6 +25,37 @@ ODD_IDS = ("a b", 'say "hi"', "a/b", "名前", "🎧", "50%", "x?y=1#z", "../up"
 START = 1_700_000_000_000
 MAX_LENGTH = 8
 DAY = 86_400_000
+TASKS = ("view", "purchase")
+BLEND = {"view": 0.25, "purchase": 1.0}
+DEVICES = ("phone", "tablet", "desk")
+COLUMNS: dict[str, dict[str, object]] = {
+    "item_id": {"of": "item", "kind": "categorical"},
+    "category": {"of": "item", "kind": "categorical"},
+    "price": {"of": "item", "kind": "numeric", "scale": "log"},
+    "vector": {"of": "item", "kind": "vector"},
+    "region": {"of": "user", "kind": "categorical"},
+    "age": {"of": "user", "kind": "numeric", "scale": "standard"},
+    "device": {"of": "request", "kind": "categorical"},
+    "budget": {"of": "request", "kind": "numeric", "default": 5.0},
+    "hour": {"of": "request", "kind": "hour"},
+    "position": {"of": "shown", "kind": "position"},
+    "category_seen": {"of": "path", "kind": "count", "by": "category"},
+    "category_since": {"of": "path", "kind": "since", "by": "category"},
+    "price_ratio": {"of": "path", "kind": "ratio", "by": "price"},
+}
+"""What the tiny ranker reads, one column or more of each kind that a server has a part in."""
+RANKER_INPUTS = {
+    "request_codes": (TensorProto.INT64, ["b", "wr"]),
+    "request_numbers": (TensorProto.FLOAT, ["b", "gr"]),
+    "item_codes": (TensorProto.INT64, ["b", "c", "wi"]),
+    "item_numbers": (TensorProto.FLOAT, ["b", "c", "gi"]),
+    "item_vectors": (TensorProto.FLOAT, ["b", "c", "v"]),
+    "cross_numbers": (TensorProto.FLOAT, ["b", "c", "gx"]),
+    "path_codes": (TensorProto.INT64, ["b", "l", "wi"]),
+    "retrieval_scores": (TensorProto.FLOAT, ["b", "c"]),
+    "types": (TensorProto.INT64, ["b", "l"]),
+    "lengths": (TensorProto.INT64, ["b"]),
+}
 
 
 def item_vectors(count: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -64,6 +97,68 @@ def encoder(vectors_ND: np.ndarray, inputs: tuple[str, ...]) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[opset], ir_version=10)
 
 
+def tiny_features(items: pa.Table, users: pa.Table) -> Features:
+    """Return the columns above, learnt of some items, users and three requests."""
+    asked = {"device": pa.array(DEVICES), "budget": pa.array([1.0, 5.0, 9.0])}
+    return Features.fit(COLUMNS, items, users, asked)
+
+
+def tasks_ranker(inputs: tuple[str, ...] = tuple(RANKER_INPUTS)) -> onnx.ModelProto:
+    """Return a ranker of two tasks to whose logit everything that it reads adds something.
+
+    Each array is summed over all but requests and candidates, a missing number as 7.
+    """
+    nodes, parts = [], []
+    for place, name in enumerate(inputs):
+        shape = RANKER_INPUTS[name][1]
+        nodes.append(helper.make_node("Cast", [name], [f"{name}_f"], to=TensorProto.FLOAT))
+        nodes.append(helper.make_node("IsNaN", [f"{name}_f"], [f"{name}_nan"]))
+        nodes.append(
+            helper.make_node("Where", [f"{name}_nan", "seven", f"{name}_f"], [f"{name}_w"])
+        )
+        per_item = "c" in shape
+        axes = "last" if len(shape) > 1 + per_item else "none"
+        several = "both" if name == "path_codes" else axes
+        nodes.append(
+            helper.make_node(
+                "ReduceSum",
+                [f"{name}_w", several],
+                [f"{name}_s"],
+                keepdims=0,
+                noop_with_empty_axes=1,
+            )
+        )
+        summed = f"{name}_s"
+        if not per_item:
+            nodes.append(helper.make_node("Unsqueeze", [summed, "one"], [f"{name}_u"]))
+            summed = f"{name}_u"
+        nodes.append(helper.make_node("Mul", [summed, f"share_{place}"], [f"{name}_p"]))
+        parts.append(f"{name}_p")
+    nodes += [
+        helper.make_node("Sum", parts, ["total"]),
+        helper.make_node("Unsqueeze", ["total", "two"], ["logit"]),
+        helper.make_node("Mul", ["logit", "signs"], ["logits"]),
+        helper.make_node("Sigmoid", ["logits"], ["probabilities"]),
+    ]
+    constants = {
+        "seven": np.float32(7),
+        "last": np.array([-1]),
+        "both": np.array([1, 2]),
+        "none": np.array([], np.int64),
+        "one": np.array([1]),
+        "two": np.array([2]),
+        "signs": np.array([1.0, -0.5], np.float32),
+    } | {f"share_{place}": np.float32(0.01 * (place + 1)) for place in range(len(inputs))}
+    graph = helper.make_graph(
+        nodes,
+        "tasks",
+        [helper.make_tensor_value_info(name, *RANKER_INPUTS[name]) for name in inputs],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["b", "c", 2])],
+        [numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
 def write_tiny_bundle(
     path: Path,
     *,
@@ -75,8 +170,12 @@ def write_tiny_bundle(
     inputs: tuple[str, ...] = ("items", "lengths"),
     ranker: onnx.ModelProto | None = None,
     candidates: int = 20,
+    featured: bool = False,
 ) -> Path:
-    """Write a bundle: user u looked at items u + 1 to u + 3; the first items are most popular."""
+    """Write a bundle: user u looked at items u + 1 to u + 3; the first items are most popular.
+
+    featured: the ranker answers with `TASKS`, and reads features of `COLUMNS`.
+    """
     ids = item_ids(num_items)
     vectors_ND = item_vectors(num_items, dim)
     columns = {"item_id": ids, "count": np.arange(num_items, 0, -1) * 10}
@@ -88,8 +187,8 @@ def write_tiny_bundle(
     built = build(vectors_ND, {"kind": "flat"})
     with writing(path) as scratch:
         pq.write_table(pa.table(columns), scratch / "items.parquet")
-        users = pa.table({"user_id": pa.array([f"u{u}" for u in range(num_users)], pa.string())})
-        pq.write_table(users, scratch / "users.parquet")
+        users = tiny_users(num_users)
+        pq.write_table(users.select(["user_id"]), scratch / "users.parquet")
         _write_events(scratch / "events", num_users, has_time)
         save_file({"vectors": vectors_ND}, scratch / "item_vectors.safetensors")
         onnx.save(encoder(vectors_ND, inputs), scratch / "encoder.onnx")
@@ -99,6 +198,9 @@ def write_tiny_bundle(
             onnx.save(ranker, scratch / "ranker.onnx")
             names = [value.name for value in ranker.graph.input]
             ranked = {"ranker": {"inputs": names, "candidates": candidates}}
+        if featured:
+            ranked["ranker"] |= {"tasks": list(TASKS), "blend": BLEND}
+            _write_features(scratch / "ranker", pa.table(columns), users)
         facts = {"name": "tiny", "version": path.name, "model": "trajectory", "run": "none"}
         sizes = {"dim": dim, "interests": 1, "max_length": MAX_LENGTH}
         counts = {"num_items": num_items, "num_users": num_users, "has_time": has_time}
@@ -106,6 +208,34 @@ def write_tiny_bundle(
         facts |= sizes | counts | more | ranked
         write_manifest(scratch, "bundle", **facts, self_test=[])
     return path
+
+
+def tiny_users(count: int) -> pa.Table:
+    """Return the users: their region and age go by their number."""
+    return pa.table(
+        {
+            "user_id": pa.array([f"u{u}" for u in range(count)], pa.string()),
+            "region": pa.array([("north", "south", "west")[u % 3] for u in range(count)]),
+            "age": pa.array([20.0 + u for u in range(count)]),
+        }
+    )
+
+
+def _write_features(folder: Path, items: pa.Table, users: pa.Table) -> None:
+    folder.mkdir()
+    features = tiny_features(items, users)
+    table, (codes, numbers) = features.items(items, {}), features.users(users)
+    (folder / "features.json").write_text(json.dumps(features.as_json()))
+    arrays: dict[str, np.ndarray] = {
+        "item_codes": table.codes,
+        "item_numbers": table.numbers,
+        "item_vectors": table.vectors,
+        "item_raw": table.raw,
+        "user_codes": codes,
+        "user_numbers": numbers,
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
 
 
 def _write_events(folder: Path, num_users: int, has_time: bool) -> None:

@@ -17,7 +17,7 @@ import asyncio
 import random
 import re
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -41,6 +41,8 @@ from recsys.serving.messages import (
     EventsAnswer,
     HistoryEvent,
     ItemAnswer,
+    RankAnswer,
+    RankRequest,
     RecommendBatch,
     Recommended,
     RecommendRequest,
@@ -57,12 +59,16 @@ __all__ = [
     "Client",
     "Event",
     "HistoryEvent",
+    "RankAnswer",
+    "RankRequest",
     "RecommendRequest",
     "Recommended",
     "RecsysError",
     "Weights",
 ]
 Result = TypeVar("Result")
+Value = str | int | float | bool | None
+"""What a request's context may hold."""
 TIMEOUT = 10.0
 RETRIES = 3
 CONNECT_SECONDS = 2.0
@@ -106,6 +112,21 @@ class Asked(TypedDict, total=False):
     boosts: Boosts
     now: int | float | str | None
     weights: Weights
+    deadline_ms: float | None
+    context: Mapping[str, Value]
+    diversity: float
+    explore: float | None
+
+
+class Ranking(TypedDict, total=False):
+    """The arguments of `rank` beside its items: the other fields of `RankRequest`."""
+
+    user_id: str | None
+    history: Sequence[str | HistoryEvent] | None
+    context: Mapping[str, Value]
+    weights: Weights
+    k: int | None
+    now: int | float | str | None
     deadline_ms: float | None
 
 
@@ -251,6 +272,12 @@ def recommending_batch(requests: Sequence[RecommendRequest]) -> Call[AnswerBatch
     return Call("POST", "/v1/recommend/batch", AnswerBatch, body)
 
 
+def ranking(items: Sequence[str], asked: Ranking) -> Call[RankAnswer]:
+    """Return the call that has items ranked; a misspelt argument is a TypeError."""
+    request = RankRequest(list(items), **cast("dict[str, object]", asked))  # type: ignore[arg-type]
+    return Call("POST", "/v1/rank", RankAnswer, msgspec.json.encode(request))
+
+
 def posting(events: Sequence[Event]) -> Call[EventsAnswer]:
     """Return the call that posts events, each with an id and a moment, so that it can be repeated.
 
@@ -373,6 +400,10 @@ class Client(_Asking):
         """Return one answer a request, in their order."""
         return self._make(recommending_batch(requests)).answers
 
+    def rank(self, items: Sequence[str], **asked: Unpack[Ranking]) -> RankAnswer:
+        """Return items of your own, best first for a `user_id` or a `history`."""
+        return self._make(ranking(items, asked))
+
     def post_events(self, events: Sequence[Event]) -> EventsAnswer:
         """Report what people did; once it returns, accepted events are durable.
 
@@ -458,6 +489,10 @@ class AsyncClient(_Asking):
     async def recommend_batch(self, requests: Sequence[RecommendRequest]) -> list[Answer]:
         """Return one answer a request, in their order."""
         return (await self._make(recommending_batch(requests))).answers
+
+    async def rank(self, items: Sequence[str], **asked: Unpack[Ranking]) -> RankAnswer:
+        """Return items of your own, best first for a `user_id` or a `history`."""
+        return await self._make(ranking(items, asked))
 
     async def post_events(self, events: Sequence[Event]) -> EventsAnswer:
         """Report what people did; once it returns, accepted events are durable.

@@ -22,8 +22,11 @@ from recsys.data.dataset import Dataset
 from recsys.schema import InputError, suggestion
 
 CONFIG = "recsys"
-SECTIONS = ("evaluation", "registry")
+SECTIONS = ("evaluation", "registry", "ranking")
 """Parts that no constructor checks: a key which the shipped config lacks is refused here."""
+OF_RANKING = ("ranking", "features", "features_allow", "examples")
+OF_RETRIEVAL = ("loss", "objective", "item_start")
+"""Settings of one stage alone."""
 
 
 def configure(overrides: Sequence[str]) -> DictConfig:
@@ -37,6 +40,7 @@ def configure(overrides: Sequence[str]) -> DictConfig:
 
 def _refuse_idle(config: DictConfig, shipped: DictConfig, overrides: Sequence[str]) -> None:
     _refuse_unknown("", config, shipped)
+    _refuse_of_other_stage(config, overrides)
     for section in SECTIONS:
         _refuse_unknown(f"{section}.", config[section], shipped[section])
     parts = {str(name): node for name, node in config.items()}
@@ -49,6 +53,17 @@ def _refuse_idle(config: DictConfig, shipped: DictConfig, overrides: Sequence[st
             "split= has no effect on an existing dataset, which keeps the split it was prepared "
             "with; prepare again: recsys prepare data=… data.path=… split=…"
         )
+
+
+def _refuse_of_other_stage(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse what was typed for retrieval where a ranker is trained, and the other way round."""
+    ranker = get_object(config.model._target_).layout == "shown"
+    other, wanted = (OF_RETRIEVAL, "a retriever") if ranker else (OF_RANKING, "model=ranker")
+    for override in overrides:
+        name = re.split(r"[=./]", override.lstrip("+~"))[0]
+        if name in other:
+            met = str(config.model._target_).rsplit(".", 1)[-1]
+            raise InputError(f"{override} has no effect on {met}: it is for {wanted}; leave it out")
 
 
 def _refuse_unknown(where: str, met: Iterable[Any], known: Iterable[Any]) -> None:
@@ -176,7 +191,7 @@ def export(
 
 @dataclass(frozen=True)
 class Done:
-    """What `recsys run` made: a training a variant, and the first one's bundle."""
+    """What `recsys run` made: a training a variant, perhaps a ranker, and the bundle."""
 
     trained: dict[str, Any]
     bundle: Path
@@ -184,8 +199,7 @@ class Done:
 
 
 def run(overrides: Sequence[str], workspace: Workspace) -> Done:
-    """Prepare, train and evaluate each variant of the config, then export the first."""
-    from recsys.training.testing import show_together
+    """Prepare, train and evaluate each variant, and a ranker of the first; export both stages."""
     from recsys.training.train import train as train_run
 
     configs = _variants(overrides)
@@ -196,13 +210,20 @@ def run(overrides: Sequence[str], workspace: Workspace) -> Done:
     for name, config in configs.items():
         print(f"\n{name}", file=sys.stderr, flush=True)
         trained[name] = train_run(config, datasets[name], workspace)
-    show_together({name: t.tested for name, t in trained.items()}, Console())
-    first = next(iter(trained.values()))
+    _show_tests({name: one.tested for name, one in trained.items()})
+    first = last = next(iter(trained.values()))
+    if second := _second_stage(overrides, next(iter(configs.values())), first.run.name):
+        print("\nsecond stage", file=sys.stderr, flush=True)
+        last = train_run(second, open_dataset(second, workspace), workspace)
+        last.tested.show(Console())
     wanted = [o for o in overrides if o.startswith(("index", "registry"))]
-    exported = export(first.run, wanted, workspace)
+    exported = export(last.run, wanted, workspace)
     facts = {
         "run": first.run.name,
         **first.tested.metrics,
+        **(
+            {} if last is first else {"second_stage": {"run": last.run.name, **last.tested.metrics}}
+        ),
         "bundle": str(exported.bundle),
         "model": exported.model,
         "variants": {
@@ -211,6 +232,23 @@ def run(overrides: Sequence[str], workspace: Workspace) -> Done:
         },
     }
     return Done(trained, exported.bundle, facts)
+
+
+def _show_tests(tests: dict[str, Any]) -> None:
+    from recsys.training.testing import Tested, show_together
+
+    retrievers = {name: test for name, test in tests.items() if isinstance(test, Tested)}
+    show_together(retrievers, Console())
+    for name in tests.keys() - retrievers.keys():
+        Console().print(f"\n[bold]{name}[/bold]")
+        tests[name].show(Console())
+
+
+def _second_stage(overrides: Sequence[str], config: DictConfig, first: str) -> DictConfig | None:
+    """Return the config of the ranker of what the first variant finds, where one is wanted."""
+    if not config.second_stage:
+        return None
+    return configure([*overrides, *config.second_stage, f"ranking.retriever={first}"])
 
 
 def _variants(overrides: Sequence[str]) -> dict[str, DictConfig]:

@@ -8,6 +8,9 @@ from difflib import get_close_matches
 EVENT_TYPES = ("view", "favourite", "cart", "purchase")
 """Known event types, weakest first; a type's code is its place here plus one (0 is padding)."""
 
+DWELL = "dwell"
+"""The one task that is no yes or no: seconds looked at, learned as log1p."""
+
 EVENT_COLUMNS = ("user_id", "item_id", "timestamp")
 PAD = 0
 """Index of padding: real items and users count from 1."""

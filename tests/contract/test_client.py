@@ -22,6 +22,8 @@ from recsys.client import (
     Call,
     Client,
     Event,
+    Ranking,
+    RankRequest,
     RecommendRequest,
     RecsysError,
     Reply,
@@ -288,6 +290,16 @@ def test_batch(ask: Ask, server: Server) -> None:
     assert json.loads(server.seen[0].body) == {"requests": [{"user_id": "u1"}, {"k": 2}]}
 
 
+def test_rank(ask: Ask, server: Server) -> None:
+    items = [{"item_id": "i2", "score": 0.5, "probabilities": {"view": 0.5}}, {"item_id": "i1"}]
+    server.answers((200, {"items": items, "source": "model", "bundle": "b", "timings_ms": {}}))
+    answer = ask("rank", ["i1", "i2"], asked={"user_id": "u1", "context": {"device": "phone"}})
+    assert [item.item_id for item in answer.items] == ["i2", "i1"]
+    assert answer.items[0].probabilities == {"view": 0.5}
+    body = {"items": ["i1", "i2"], "user_id": "u1", "context": {"device": "phone"}}
+    assert (server.seen[0].path, json.loads(server.seen[0].body)) == ("/v1/rank", body)
+
+
 def test_misspelt_argument(ask: Ask) -> None:
     with pytest.raises(TypeError, match="hystory"):
         ask("recommend", asked={"hystory": ["i1"]})
@@ -295,6 +307,7 @@ def test_misspelt_argument(ask: Ask) -> None:
 
 def test_arguments_are_the_fields_of_a_request() -> None:
     assert tuple(Asked.__annotations__) == RecommendRequest.__struct_fields__
+    assert tuple(Ranking.__annotations__) == RankRequest.__struct_fields__[1:]
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://shop", "http://", "http://[::1", ""])

@@ -43,7 +43,7 @@ CHECKS = [
     checks.content_type_conformance,
     checks.response_schema_conformance,
 ]
-BEYOND_SCHEMA = ("now", "timestamp", "weights")
+BEYOND_SCHEMA = ("now", "timestamp", "weights", "context")
 """Fields where most of what fits the description is refused: moments, and what a model lacks."""
 
 

@@ -328,6 +328,7 @@ def test_export_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     manifest = {"name": "tiny-run", "model": "trajectory", "metrics": {"test": {"ndcg@10": 1.0}}}
     loaded = SimpleNamespace(manifest=manifest, dataset=dataset, model=model)
     monkeypatch.setattr("recsys.training.runs.load_run", lambda path: loaded)
+    monkeypatch.setattr("recsys.training.runs.is_ranker", lambda path: False)
     monkeypatch.setattr("recsys.export.onnx.export_encoder", once(onnx_export.export_encoder))
     path = export(tmp_path / "runs" / "tiny-run", workspace)
     opened = Bundle.open(path)

@@ -12,7 +12,7 @@ from recsys.cli import main
 
 MISTAKES = {
     "train model.dimm=3": "no setting 'model.dimm'; did you mean 'model.dim'?",
-    "train model=trajectry": "did you mean 'trajectory'?; model= can be: trajectory, ",
+    "train model=trajectry": "did you mean 'trajectory'?; model= can be: ranker, ",
     "train +foo=3": "unknown setting foo",
     "train +evaluation.exclude_sen=false": "did you mean 'exclude_seen'?",
     "train a": "missing EQUAL",

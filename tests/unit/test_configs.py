@@ -14,16 +14,20 @@ from recsys.launch import configure
 
 SHIPPED = sorted(config_dir().rglob("*.yaml"))
 GROUPED = [path for path in SHIPPED if path.parent != config_dir()]
+RANKING = ("features", "examples", "model/crossing", "model/path", "model/heads")
+NEEDED = {"split": ["data=sequences", "data.path=x"]}
+NEEDED |= {group: ["model=ranker"] for group in RANKING}
+"""What a group is of no use without."""
 PROVIDED = {"catalogue", "dataset", "seed", "length", "params", "layer"}
 PROVIDED |= {"query_PD", "target_P", "items", "weight_P"}
+PROVIDED |= {"layout", "tasks", "retriever", "crossing", "path", "heads", "shown", "inputs"}
 """Arguments that the code gives, not the config."""
 
 
 @pytest.mark.parametrize("path", GROUPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_choice_composes(path: Path) -> None:
-    source = ["data=sequences", "data.path=x"] if path.parent.name == "split" else []
-    group = path.parent.relative_to(config_dir())
-    config = configure([*source, f"{group}={path.stem}"])
+    group = str(path.parent.relative_to(config_dir()))
+    config = configure([*NEEDED.get(group, []), f"{group}={path.stem}"])
     assert config.model.max_length > 0
 
 

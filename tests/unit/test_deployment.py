@@ -243,7 +243,7 @@ def test_only_ties_may_swap(top: list[str], passes: bool) -> None:
     "moment", [0, 1, 5_000, 99_999_999_999, 100_000_000_000, START + 7, 253_402_300_799_998]
 )
 def test_moments_of_self_tests_are_kept_to_the_millisecond(moment: int) -> None:
-    given = deployment._moment(moment)
+    given = deployment.moment(moment)
     assert given is not None
     assert milliseconds(given) == moment
 

@@ -14,6 +14,7 @@ from recsys.serving.catalogue import Kept
 from recsys.serving.messages import Boosts, RecommendRequest
 from recsys.serving.rules import (
     NO_RULES,
+    Rules,
     boosted,
     capped,
     resolved,
@@ -147,7 +148,7 @@ def test_no_rules_cost_nothing_and_boosts_are_resolved_once() -> None:
     one, two = (rules_of(r, CATALOGUE, kept) for r in (request, again))
     assert one.boost is two.boost
     assert (one.cap, two.cap) == (None, 3)
-    assert rules_of(RecommendRequest(max_per_category=3), CATALOGUE, kept) == (3, None)
+    assert rules_of(RecommendRequest(max_per_category=3), CATALOGUE, kept) == Rules(cap=3)
 
 
 @pytest.mark.parametrize(

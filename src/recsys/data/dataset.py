@@ -37,8 +37,9 @@ class Dataset:
 
     Files: `items.parquet` (row i - 1 is item i: item_id, count, train_count, features),
     `users.parquet` (row u: user_id, features), `events/{items,types,times,values}.npy` sorted by
-    (user, time), `events/offsets.npy` [U + 1]. `times` are milliseconds since 1970, or places
-    0, 1, … where the source has none (`has_time` is false).
+    (user, time), `events/offsets.npy` [U + 1], and `impressions.parquet` where the log has them.
+    `times` are milliseconds since 1970, or places 0, 1, … where the source has none (`has_time` is
+    false). Users and items that were only shown come last; there may be no events at all.
     """
 
     def __init__(self, path: Path) -> None:
@@ -99,6 +100,24 @@ class Dataset:
     def users(self) -> pa.Table:
         """The user table; row u belongs to user u."""
         return pq.read_table(self.path / "users.parquet")
+
+    @cached_property
+    def impressions(self) -> pa.Table:
+        """What was shown, a row an item, sorted by (timestamp, request, position).
+
+        Columns: user (row, -1 unknown), item (index, 0 unknown), timestamp, request (0, 1, …),
+        position and propensity (null where not logged), part (0 train, 1 validation, 2 test; null
+        where not given), labels, context. Raises InputError where the log has none.
+        """
+        if self.manifest.get("impressions") is None:
+            raise InputError(
+                f"{self.path.name}: no impressions in this dataset. Prepare it from a source that "
+                "has them (data.source.impressions=FILE), or type examples=rated or "
+                "examples=retrieved"
+            )
+        kinds = self.manifest["impressions"]["context"]
+        categorical = [name for name, kind in kinds.items() if kind == "categorical"]
+        return pq.read_table(self.path / "impressions.parquet", read_dictionary=categorical)
 
     @cached_property
     def train_count(self) -> NDArray[np.int64]:

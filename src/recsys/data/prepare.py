@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from rich.table import Table as RichTable
 
+    from recsys.data.impressions import Shown
+    from recsys.data.sources import Tables
+
 CHUNK = 1_000_000
 """Events held in Python at a time."""
 SAME_EVENT = ["user", "item", "timestamp", "type"]
@@ -55,7 +59,8 @@ class PrepareSettings:
     min_user_events, min_item_events: rarer items go first, then users left with too few.
     k_core: do both again and again until every user and item has at least this many.
     deduplicate: keep one of events equal in user, item, type and time.
-    item_features, user_features: column → kind, where the guess from its type is wrong.
+    item_features, user_features, request_features: column → kind, where the guess from its type
+    is wrong; those of requests are the context columns of impressions.
     memory_limit: DuckDB's, e.g. 2GB; past it data spill to `spill` (default: beside the dataset).
     """
 
@@ -67,6 +72,7 @@ class PrepareSettings:
     deduplicate: bool = True
     item_features: Mapping[str, str] = field(default_factory=dict)
     user_features: Mapping[str, str] = field(default_factory=dict)
+    request_features: Mapping[str, str] = field(default_factory=dict)
     memory_limit: str = "2GB"
     threads: int = 2
     spill: str | None = None
@@ -221,16 +227,24 @@ def _make(
     _check_time(rule, tables.has_time)
     item_kinds = _kinds(tables.items, "item_id", settings.item_features)
     user_kinds = _kinds(tables.users, "user_id", settings.user_features)
-    coded = encoded(con, tables.events)
+    shown = _shown(con, tables, settings.request_features)
+    coded = encoded(con, tables.events, shown)
     stage("filtering")
-    kept = filtered(con, coded.events, settings)
+    kept = filtered(con, coded, settings, shown)
     stage("sorting")
     offsets = write_events(con, kept, folder / "events", tables.has_time)
     stage("indexing")
-    where, popularity = index_items(folder / "events", offsets, rule)
+    if offsets[-1]:
+        where, popularity = index_items(folder / "events", offsets, rule)
+    else:
+        where, popularity = _without_events(con, rule, shown)
+    popularity = _with_shown_items(popularity, coded, settings, shown)
     write_items(con, coded.items, popularity, tables.items, item_kinds, folder)
     write_users(con, coded.users, kept.users, tables.users, user_kinds, folder)
-    occurring = _occurring(folder / "events")
+    if shown is not None:
+        stage("writing impressions")
+    impressions = _write_shown(con, shown, coded, kept, folder)
+    occurring = _occurring(folder / "events") if offsets[-1] else []
     write_manifest(
         folder,
         "dataset",
@@ -243,6 +257,7 @@ def _make(
         split=where,
         item_features=item_kinds,
         user_features=user_kinds,
+        impressions=impressions,
         prepare=facts,
         source_rows=count(coded.events) + sum(tables.dropped.values()),
         dropped={**tables.dropped, **kept.dropped},
@@ -270,6 +285,64 @@ def _kinds(table: ibis.Table | None, key: str, declared: Mapping[str, str]) -> d
     return feature_kinds(table, key, declared)
 
 
+def _shown(con: ibis.BaseBackend, tables: Tables, declared: Mapping[str, str]) -> Shown | None:
+    """Return the checked impressions of a source, or None where it has none."""
+    if tables.impressions is None:
+        if declared or tables.labels:
+            raise InputError(
+                "data.request_features and data.source.labels are about impressions, and this "
+                "source has none; leave them out, or name the file: data.source.impressions=FILE"
+            )
+        return None
+    from recsys.data.impressions import checked
+
+    return checked(tables.impressions, tables.labels, declared, partial(keep, con))
+
+
+def _without_events(
+    con: ibis.BaseBackend, rule: SplitRule, shown: Shown | None
+) -> tuple[dict[str, Any], dict[str, NDArray]]:
+    """Return the split of a log of impressions alone, and a popularity without items."""
+    assert shown is not None, "filters refuse a log without events or impressions"
+    nothing = np.zeros(0, np.int64)
+    popularity = {"item": nothing, "count": nothing, "train_count": nothing}
+    if rule.rule != "temporal":
+        return plain(rule), popularity
+    times = shown.table.select("timestamp").to_pyarrow()["timestamp"].to_numpy()
+    return rule.place(times, np.array([0, len(times)])), popularity
+
+
+def _with_shown_items(
+    popularity: dict[str, NDArray],
+    coded: Coded,
+    settings: PrepareSettings,
+    shown: Shown | None,
+) -> dict[str, NDArray]:
+    """Put items that were only shown behind those of events, unless rare ones are left out."""
+    if shown is None or _least(settings, "item") > 1:
+        return popularity
+    ids = shown.table.select("item_id").distinct()
+    codes = coded.items.semi_join(ids, "item_id").order_by("item").select("item")
+    extra = np.setdiff1d(codes.to_pyarrow()["item"].to_numpy(), popularity["item"])
+    zeros = np.zeros(len(extra), np.int64)
+    more = {"item": extra, "count": zeros, "train_count": zeros}
+    return {name: np.concatenate([popularity[name], more[name]]) for name in popularity}
+
+
+def _write_shown(
+    con: ibis.BaseBackend, shown: Shown | None, coded: Coded, kept: Kept, folder: Path
+) -> dict[str, Any] | None:
+    if shown is None:
+        return None
+    from recsys.data.impressions import write_impressions
+
+    users = coded.users.join(kept.users, "user").select("user_id", "rank")
+    ranked = coded.items.join(con.table("ranked_items"), "item")
+    items = ranked.select("item_id", index=ranked["rank"] + 1)
+    file = folder / "impressions.parquet"
+    return write_impressions(shown, users, items, file, partial(keep, con), partial(batches, con))
+
+
 def keep(con: ibis.BaseBackend, name: str, table: ibis.Table) -> ibis.Table:
     """Compute a table once, into DuckDB's memory or its spill folder."""
     con.raw_sql(f'DROP TABLE IF EXISTS temp.main."{name}"')
@@ -282,17 +355,24 @@ def count(table: ibis.Table) -> int:
 
 
 def batches(con: ibis.BaseBackend, table: ibis.Table) -> Iterator[pa.RecordBatch]:
-    """Stream a table as record batches of at most CHUNK rows."""
+    """Stream a table as record batches of at most CHUNK rows; at least one, perhaps empty."""
     import ibis
+    import pyarrow as pa
 
     # Ibis 12's own stream asks the cursor for a method that DuckDB 2 does not have.
     relation = con.con.sql(str(ibis.to_sql(table, dialect="duckdb")))
     stream = getattr(relation, "to_arrow_reader", None) or relation.fetch_record_batch
-    yield from stream(CHUNK)
+    reader = stream(CHUNK)
+    first = next(reader, None)
+    yield pa.RecordBatch.from_pylist([], reader.schema) if first is None else first
+    yield from reader
 
 
-def encoded(con: ibis.BaseBackend, events: ibis.Table) -> Coded:
-    """Replace ids by codes in the order of the ids, and event types by theirs."""
+def encoded(con: ibis.BaseBackend, events: ibis.Table, shown: Shown | None = None) -> Coded:
+    """Replace ids by codes in the order of the ids, and event types by theirs.
+
+    The codes are of the ids in `shown`, too.
+    """
     import ibis
 
     if "row" in events.columns:
@@ -300,8 +380,8 @@ def encoded(con: ibis.BaseBackend, events: ibis.Table) -> Coded:
         con.raw_sql("SET preserve_insertion_order = false")
     else:
         events = events.mutate(row=ibis.row_number())
-    users = _vocabulary(con, events, "user")
-    items = _vocabulary(con, events, "item")
+    users = _vocabulary(con, events, "user", shown)
+    items = _vocabulary(con, events, "item", shown)
     codes = [(name, code) for code, name in enumerate(EVENT_TYPES, start=1)]
     flat = (
         events.mutate(type=events.event_type.cases(*codes, else_=0).cast("int8"))
@@ -312,28 +392,57 @@ def encoded(con: ibis.BaseBackend, events: ibis.Table) -> Coded:
     return Coded(keep(con, "coded_events", flat), users, items)
 
 
-def _vocabulary(con: ibis.BaseBackend, events: ibis.Table, name: str) -> ibis.Table:
+def _vocabulary(
+    con: ibis.BaseBackend, events: ibis.Table, name: str, shown: Shown | None
+) -> ibis.Table:
     import ibis
 
-    ids = events.select(f"{name}_id").distinct()
+    ids = events.select(f"{name}_id")
+    if shown is not None:
+        ids = ids.union(shown.table.select(f"{name}_id").drop_null())
+    ids = ids.distinct()
     codes = ibis.row_number().over(order_by=ids[f"{name}_id"]).cast("int32")
     return keep(con, f"{name}_codes", ids.mutate(**{name: codes}))
 
 
-def filtered(con: ibis.BaseBackend, events: ibis.Table, settings: PrepareSettings) -> Kept:
-    """Drop duplicates, then rare items and users; raise InputError where nothing is left."""
-    before = count(events)
-    unique = _unique(con, events) if settings.deduplicate else events
+def filtered(
+    con: ibis.BaseBackend, coded: Coded, settings: PrepareSettings, shown: Shown | None = None
+) -> Kept:
+    """Drop duplicates, then rare items and users; raise InputError where nothing is left.
+
+    Users who are only in `shown` stay, unless rare ones are left out.
+    """
+    import ibis
+
+    before = count(coded.events)
+    unique = _unique(con, coded.events) if settings.deduplicate else coded.events
     after = count(unique)
     events, users, left = _frequent(con, unique, settings)
-    if not left:
+    if shown is not None and _least(settings, "user") == 1:
+        users = _with_shown_users(users, coded, shown)
+    order = [users["count"].desc(), users.user]
+    ranked = users.mutate(rank=ibis.row_number().over(order_by=order).cast("int32"))
+    if not left and (before or shown is None):
         raise InputError(
             f"nothing is left of {before} events: min_user_events={settings.min_user_events}, "
             f"min_item_events={settings.min_item_events}, k_core={settings.k_core} drop "
             "everything; lower them, e.g. data.min_user_events=1 data.min_item_events=1 "
             "data.k_core=null"
         )
-    return Kept(events, users, {"duplicates": before - after, "rare": after - left})
+    dropped = {"duplicates": before - after, "rare": after - left}
+    return Kept(events, keep(con, "ranked_users", ranked), dropped)
+
+
+def _least(settings: PrepareSettings, name: str) -> int:
+    return max(getattr(settings, f"min_{name}_events"), settings.k_core or 1)
+
+
+def _with_shown_users(users: ibis.Table, coded: Coded, shown: Shown) -> ibis.Table:
+    import ibis
+
+    of_shown = coded.users.semi_join(shown.table.select("user_id").distinct(), "user_id")
+    extra = of_shown.anti_join(users, "user")
+    return users.union(extra.select("user", count=ibis.literal(0, "int64")))
 
 
 def _unique(con: ibis.BaseBackend, events: ibis.Table) -> ibis.Table:
@@ -350,11 +459,8 @@ def _unique(con: ibis.BaseBackend, events: ibis.Table) -> ibis.Table:
 def _frequent(
     con: ibis.BaseBackend, events: ibis.Table, settings: PrepareSettings
 ) -> tuple[ibis.Table, ibis.Table, int]:
-    """Return frequent events, users with count and rank, and how many events there are."""
-    import ibis
-
-    least_items = max(settings.min_item_events, settings.k_core or 1)
-    least_users = max(settings.min_user_events, settings.k_core or 1)
+    """Return frequent events, users with their count, and how many events there are."""
+    least_items, least_users = _least(settings, "item"), _least(settings, "user")
     kept, left = events, -1
     for turn in itertools.count():
         # Two names in turn: this round's tables are computed from the last round's.
@@ -365,9 +471,7 @@ def _frequent(
         before, left = left, int(users["count"].sum().to_pyarrow().as_py() or 0)
         if settings.k_core is None or left in (before, 0):
             break
-    order = [users["count"].desc(), users.user]
-    ranked = users.mutate(rank=ibis.row_number().over(order_by=order).cast("int32"))
-    return kept, keep(con, "ranked_users", ranked), left
+    return kept, users, left
 
 
 def _at_least(
@@ -580,7 +684,8 @@ def summary(dataset: Dataset) -> RichTable:
         "events": f"{int(lengths.sum()):,} of {manifest['source_rows']:,} read",
         "dropped": ", ".join(f"{n:,} {why}" for why, n in manifest["dropped"].items()),
         "event types": ", ".join(manifest["event_types"]),
-        "events a user": f"median {np.median(lengths):,.0f}, most {lengths.max():,}",
+        "events a user": _lengths(lengths),
+        "impressions": _impressions(manifest.get("impressions")),
         "time": _span(dataset),
         "split": str(manifest["split"]["rule"]),
         "train": f"{int(split.train_end.sum()):,} events",
@@ -595,9 +700,27 @@ def summary(dataset: Dataset) -> RichTable:
     return table
 
 
+def _lengths(lengths: NDArray[np.int64]) -> str:
+    return f"median {np.median(lengths):,.0f}, most {lengths.max():,}" if len(lengths) else ""
+
+
+def _impressions(facts: dict[str, Any] | None) -> str:
+    if facts is None:
+        return ""
+    context = f"; context {', '.join(facts['context'])}" if facts["context"] else ""
+    return (
+        f"{facts['rows']:,} in {facts['requests']:,} requests; labels "
+        f"{', '.join(facts['labels'])}{context}"
+    )
+
+
 def _span(dataset: Dataset) -> str:
     if not dataset.has_time:
         return "an order only"
-    times = dataset.events["times"]
+    if not len(times := dataset.events["times"]):
+        import pyarrow.parquet as pq
+
+        file = dataset.path / "impressions.parquet"
+        times = pq.read_table(file, columns=["timestamp"])["timestamp"].to_numpy()
     ends = (datetime.fromtimestamp(int(t) / 1000, UTC) for t in (times.min(), times.max()))
     return " to ".join(f"{end:%Y-%m-%d}" for end in ends)

@@ -17,14 +17,17 @@ One step of a user, drawn in this order, so that each part is known given what c
 Nothing is hidden: the state is the last event and the last one in the aisle before, both in the
 history. The user's number of events is drawn beforehand, so being last says nothing either.
 
-Shapes: U users of a block, E events, A aisles, N items, B histories, K candidate aisles, S steps.
+What people are shown meanwhile, and do with it, is an experiment of its own: `shop_answers`.
+
+Shapes: U users of a block, E events, A aisles, N items, B histories, C chosen items, K candidate
+aisles, S steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -72,6 +75,8 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 EVERYONE = slice(None)
 LIMITS = {"follow": (1.0, 0.45), "alternate": (0.9, 0.06)}
 """The largest value of each share, and its usual one."""
+LEAST_ITEMS = 20
+"""Items that answers are drawn from, at least."""
 SIZES = ("num_users", "num_items", "num_aisles", "events_per_user", "days", "block_events")
 
 
@@ -82,7 +87,8 @@ class SyntheticShop:
     num_users, num_items, num_aisles: sizes; events_per_user: mean; days: length of the log; follow:
     chance of going on along an aisle, against picking by popularity; alternate: weight of the aisle
     visited before, within a visit (0.46: as likely as this one); block_events: about how many are
-    in memory at a time, with no effect on what they are.
+    in memory at a time, with no effect on what they are; impressions: about how many items are
+    shown in answers beside the log (0: none, and no table of them).
 
     >>> shop = SyntheticShop(num_users=50, num_items=100, num_aisles=5)
     >>> shop.truth().aisle_of("item-000060")
@@ -98,6 +104,7 @@ class SyntheticShop:
     alternate: float = 0.06
     seed: int = 0
     block_events: int = 2_000_000
+    impressions: int = 0
 
     def __post_init__(self) -> None:
         for name in SIZES:
@@ -121,6 +128,19 @@ class SyntheticShop:
                     f"synthetic shop: {name} is {getattr(self, name)}; expected 0 to {most:g}: set "
                     f"data.source.{name}={usual}"
                 )
+        self._check_impressions()
+
+    def _check_impressions(self) -> None:
+        if self.impressions < 0:
+            raise InputError(
+                f"synthetic shop: impressions is {self.impressions}; expected 0 (none) or more: "
+                "set data.source.impressions=100000"
+            )
+        if self.impressions and self.num_items < LEAST_ITEMS:
+            raise InputError(
+                f"synthetic shop: {self.num_items} items are too few to choose answers from; set "
+                f"data.source.num_items={LEAST_ITEMS} or more, or data.source.impressions=0"
+            )
 
     @cached_property
     def stock(self) -> Stock:
@@ -149,20 +169,27 @@ class SyntheticShop:
             )
         with writing(scratch / "shop") as folder:
             self.write(folder)
-        events, items, users = (
-            con.read_parquet(scratch / "shop" / f"{name}.parquet")
-            for name in ("events", "items", "users")
-        )
-        return Tables(events=events, items=items, users=users, has_time=True)
+        tables = {
+            file.stem: con.read_parquet(file)
+            for file in sorted((scratch / "shop").glob("*.parquet"))
+        }
+        return Tables(**tables, has_time=True)
 
     def write(self, folder: Path) -> None:
-        """Write `events`, `items` and `users` as Parquet, a block of users at a time."""
+        """Write `events`, `items` and `users` as Parquet, a block of users at a time.
+
+        And `impressions`, where there are any.
+        """
         pq.write_table(self.stock.table(), folder / "items.parquet")
         events, users = folder / "events.parquet", folder / "users.parquet"
         with pq.ParquetWriter(events, EVENTS) as events_out, pq.ParquetWriter(users, USERS) as out:
             for block in self.blocks():
                 events_out.write_table(_event_table(block, self.stock))
                 out.write_table(_user_table(block))
+        if self.impressions:
+            from recsys.data.shop_answers import ShopAnswers
+
+            ShopAnswers(self).write(folder / "impressions.parquet")
 
     def blocks(self) -> Iterator[Block]:
         """Walk all users through the shop, as many at a time as make `block_events`."""
@@ -205,7 +232,7 @@ class _Walk:
 
     def __init__(self, shop: SyntheticShop, users_U: Ints) -> None:
         self.shop, self.goods, self.users = shop, shop.stock, users_U
-        self.stream = _mix(_mix(np.array([shop.seed + 1], np.uint64)) ^ users_U.astype(np.uint64))
+        self.stream = stream_of(shop.seed, users_U)
         self.late = self.draw("late") < LATE_USERS
         self.counts = self._counts()
         self.offsets = np.concatenate([[0], np.cumsum(self.counts)])
@@ -215,8 +242,7 @@ class _Walk:
     def draw(self, name: str, users_U: Ints | slice = EVERYONE, step: int | Ints = 0) -> Floats:
         """Return uniform numbers that depend on the seed, the user, the step and the name alone."""
         place = np.atleast_1d(step).astype(np.uint64) * np.uint64(len(DICE))
-        state = self.stream[users_U] + (place + np.uint64(DICE.index(name) + 1)) * GOLDEN
-        return (_mix(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return throw(self.stream[users_U], place + np.uint64(DICE.index(name) + 1))
 
     def block(self) -> Block:
         """Walk to the end of every user's events."""
@@ -248,7 +274,7 @@ class _Walk:
         acts = self.draw("act", users, step) < act_chance(self.goods, stand)
         leaves = ~acts & (self.draw("leave", users, step) < LEAVE_CHANCE)
         now = self._moment(users, step, stand.time, acts, leaves)
-        chosen = self._choose(users, step, stand, now, leaves)
+        chosen = choose(self.shop, stand, now, leaves, partial(self.draw, users_U=users, step=step))
         skips = (stand.kind == VIEW) & (self.draw("skip", users, step) < SKIP_FAVOURITE)
         self.rows[at] = np.where(acts, stand.row, chosen)
         self.kinds[at] = np.where(acts, stand.kind + 1 + skips, VIEW)
@@ -270,20 +296,6 @@ class _Walk:
         back += np.where(back < earliest, DAY, 0)
         return np.where(leaves, back, time + np.where(acts, act, look))
 
-    def _choose(self, users: Ints, step: int, stand: Standing, now: Ints, leaves: Bools) -> Ints:
-        aisle = _pick(*drift(self.shop, stand, now, leaves), self.draw("aisle", users, step))
-        here = aisle == self.goods.aisle[stand.row]
-        row = np.where(here, stand.row, stand.before_row)
-        kind = np.where(here, stand.kind, stand.before_kind)
-        along_US = following(self.goods, row, kind)
-        chances_US = np.broadcast_to(NEXT_STEPS, along_US.shape)
-        along = _pick(along_US, chances_US, self.draw("step", users, step))
-        follows = (row >= 0) & (aisle == self.goods.aisle[row])
-        follows &= self.draw("follow", users, step) < self.shop.follow
-        follows &= self.goods.first_sale[along] <= now
-        chosen = popular(self.goods, aisle, now, self.draw("item", users, step))
-        return np.where(follows, along, chosen)
-
     def _values(self) -> Floats:
         """Return dwell seconds of views, the price paid of purchases, NaN of the rest."""
         users = np.repeat(np.arange(len(self.users)), self.counts)
@@ -299,6 +311,23 @@ class _Walk:
         home = self.goods.aisle[self.rows[self.offsets[:-1]]] % len(REGIONS)
         anywhere = (self.draw("region") * len(REGIONS)).astype(np.int64)
         return np.where(self.draw("at home") < 0.7, home, anywhere)
+
+
+def choose(
+    shop: SyntheticShop, stand: Standing, now: Ints, leaves: Bools, draw: Callable[[str], Floats]
+) -> Ints:
+    """Draw the rows that users look at next, where they do not act; `draw` gives their dice."""
+    goods = shop.stock
+    aisle = _pick(*drift(shop, stand, now, leaves), draw("aisle"))
+    here = aisle == goods.aisle[stand.row]
+    row = np.where(here, stand.row, stand.before_row)
+    kind = np.where(here, stand.kind, stand.before_kind)
+    along_US = following(goods, row, kind)
+    along = _pick(along_US, np.broadcast_to(NEXT_STEPS, along_US.shape), draw("step"))
+    follows = (row >= 0) & (aisle == goods.aisle[row])
+    follows &= draw("follow") < shop.follow
+    follows &= goods.first_sale[along] <= now
+    return np.where(follows, along, popular(goods, aisle, now, draw("item")))
 
 
 def act_chance(goods: Stock, stand: Standing) -> Floats:
@@ -422,10 +451,28 @@ class ShopTruth:
         probability_BN = np.empty((len(histories), len(self.goods)))
         aisles_BA = np.full((int(np.sum(~known)), self.goods.num_aisles), 1 / self.goods.num_aisles)
         probability_BN[~known] = self._by_popularity(aisles_BA, now[~known])
-        probability_BN[known] = self._after(self._standing(histories, known), now[known])
+        probability_BN[known] = self._after(self.standing(histories, known), now[known])
         return probability_BN[:, self.rows]
 
-    def _standing(self, histories: Histories, known: Bools) -> Standing:
+    def chances(self, histories: Histories, now: Ints, items_BC: Ints) -> Floats:
+        """Return `probabilities` of chosen items alone: float64 [B, C], with no array of all items.
+
+        items_BC: places in `item_ids`, counted from 1; 0 is no item, and 0 its probability.
+
+        >>> truth = SyntheticShop(num_users=9, num_items=40, num_aisles=4).truth()
+        >>> newcomer = Histories.of([(np.zeros(0, int), np.zeros(0, int), np.zeros(0, int))])
+        >>> truth.chances(newcomer, np.array([FIRST_DAY]), np.array([[1, 0]])).round(3)
+        array([[0.012, 0.   ]])
+        """
+        rows_BC = self.rows[items_BC - 1]
+        known = histories.lengths > 0
+        chance_BC = self._share(rows_BC, now) / self.goods.num_aisles
+        chance_BC[known] = self._chosen_after(
+            self.standing(histories, known), now[known], rows_BC[known]
+        )
+        return chance_BC * (items_BC > 0)
+
+    def standing(self, histories: Histories, known: Bools) -> Standing:
         """Read from the histories that have events where their users stand."""
         rows = self.rows[np.asarray(histories.items, np.int64) - 1]
         kinds = np.asarray(histories.types, np.int64)
@@ -438,9 +485,7 @@ class ShopTruth:
         return Standing(rows[last], kinds[last], histories.times[last], before_row, kinds[before])
 
     def _after(self, stand: Standing, now: Ints) -> Floats:
-        act = self._act_given_gap(act_chance(self.goods, stand), now - stand.time)
-        aisles_BK, weights_BK = drift(self.shop, stand, now, now - stand.time >= HOUR)
-        weights_BK *= ((1 - act) / weights_BK.sum(1))[:, None]
+        act, aisles_BK, weights_BK = self._onward(stand, now)
         aisles_BA = np.zeros((len(now), self.goods.num_aisles))
         np.add.at(aisles_BA, (np.arange(len(now))[:, None], aisles_BK), weights_BK)
         along_BN = self._along(stand.row, stand.kind, now, aisles_BA)
@@ -450,6 +495,27 @@ class ShopTruth:
         probability_BN[np.arange(len(now)), stand.row] += act
         return probability_BN
 
+    def _onward(self, stand: Standing, now: Ints) -> tuple[Floats, Ints, Floats]:
+        """Return how probable an act is [B], and else the aisles to go on in, both [B, K]."""
+        act = self._act_given_gap(act_chance(self.goods, stand), now - stand.time)
+        aisles_BK, weights_BK = drift(self.shop, stand, now, now - stand.time >= HOUR)
+        weights_BK *= ((1 - act) / weights_BK.sum(1))[:, None]
+        return act, aisles_BK, weights_BK
+
+    def _chosen_after(self, stand: Standing, now: Ints, rows_BC: Ints) -> Floats:
+        act, aisles_BK, weights_BK = self._onward(stand, now)
+        aisle_BC = self.goods.aisle[rows_BC]
+        chance_BC = (rows_BC == stand.row[:, None]) * act[:, None]
+        left_BC = _sum_where(aisle_BC, aisles_BK, weights_BK)
+        paths = (stand.row, stand.kind), (stand.before_row, stand.before_kind)
+        for row, kind in paths:
+            aisle = self.goods.aisle[row][:, None]
+            within = _sum_where(aisle, aisles_BK, weights_BK)[:, 0]
+            along_BS, spread_BS = self._steps(row, kind, now, within)
+            chance_BC += _sum_where(rows_BC, along_BS, spread_BS)
+            left_BC -= (aisle_BC == aisle) * spread_BS.sum(1)[:, None]
+        return chance_BC + left_BC * self._share(rows_BC, now)
+
     def _act_given_gap(self, prior: Floats, gap: Ints) -> Floats:
         """Bayes: how probable an act is once it is known how long the next event took."""
         act = prior * _log_density(gap, ACT_SECONDS)
@@ -458,14 +524,28 @@ class ShopTruth:
 
     def _along(self, row: Ints, kind: Ints, now: Ints, aisles_BA: Floats) -> Floats:
         """Return the part of its aisle's probability that goes along from `row`: [B, N]."""
-        along_BS = following(self.goods, row, kind)
         every_B = np.arange(len(now))
-        chance_B = self.shop.follow * aisles_BA[every_B, self.goods.aisle[row]] * (row >= 0)
-        on_sale_BS = self.goods.first_sale[along_BS] <= now[:, None]
+        within = aisles_BA[every_B, self.goods.aisle[row]]
+        along_BS, spread_BS = self._steps(row, kind, now, within)
         probability_BN = np.zeros((len(now), len(self.goods)))
-        spread_BS = chance_B[:, None] * NEXT_STEPS * on_sale_BS
         np.add.at(probability_BN, (every_B[:, None], along_BS), spread_BS)
         return probability_BN
+
+    def _steps(self, row: Ints, kind: Ints, now: Ints, within: Floats) -> tuple[Ints, Floats]:
+        """Return the next rows along from `row` and their part of its aisle's chance: [B, S]."""
+        along_BS = following(self.goods, row, kind)
+        on_sale_BS = self.goods.first_sale[along_BS] <= now[:, None]
+        chance_B = self.shop.follow * within * (row >= 0)
+        return along_BS, chance_B[:, None] * NEXT_STEPS * on_sale_BS
+
+    def _share(self, rows_BC: Ints, now: Ints) -> Floats:
+        """Return each row's share of its aisle's popularity on sale: [B, C]."""
+        aisle_BC = self.goods.aisle[rows_BC]
+        before = self.goods.mass_before
+        mass_BC = before[self.goods.on_sale(aisle_BC, now[:, None])]
+        mass_BC -= before[self.goods.starts[aisle_BC]]
+        on_sale_BC = self.goods.first_sale[rows_BC] <= now[:, None]
+        return self.goods.weight[rows_BC] * on_sale_BC / mass_BC
 
     def _by_popularity(self, aisles_BA: Floats, now: Ints) -> Floats:
         """Spread each aisle's probability over its items on sale: [B, N]."""
@@ -491,10 +571,10 @@ USERS = pa.schema({"user_id": pa.string(), "region": pa.string()})
 def _event_table(block: Block, goods: Stock) -> pa.Table:
     owner = np.repeat(np.arange(len(block.users)), np.diff(block.offsets))
     columns = [
-        _coded(owner, _user_ids(block)),
-        _coded(block.rows, goods.item_ids),
+        coded(owner, user_ids(block.users)),
+        coded(block.rows, goods.item_ids),
         pa.array(block.times),
-        _coded(block.kinds - 1, list(EVENT_TYPES)),
+        coded(block.kinds - 1, list(EVENT_TYPES)),
         pa.array(block.values, pa.float32(), from_pandas=True),
     ]
     return pa.table(columns, schema=EVENTS)
@@ -502,18 +582,27 @@ def _event_table(block: Block, goods: Stock) -> pa.Table:
 
 def _user_table(block: Block) -> pa.Table:
     regions = pa.array(REGIONS).take(pa.array(block.region))
-    return pa.table([pa.array(_user_ids(block)), regions], schema=USERS)
+    return pa.table([pa.array(user_ids(block.users)), regions], schema=USERS)
 
 
-def _user_ids(block: Block) -> list[str]:
-    return [f"user-{user:07d}" for user in block.users]
+def user_ids(users: Ints) -> list[str]:
+    """Return the ids of users by number."""
+    return [f"user-{user:07d}" for user in users]
 
 
-def _coded(codes: Ints, words: list[str]) -> pa.DictionaryArray:
+def coded(codes: Ints, words: list[str]) -> pa.DictionaryArray:
+    """Return words by their places among `words`."""
     return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), pa.array(words))
 
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+def stream_of(seed: int, numbers: Ints) -> NDArray[np.uint64]:
+    """Return where each number's own dice begin, such as each user's."""
+    return _mix(_mix(np.array([seed + 1], np.uint64)) ^ numbers.astype(np.uint64))
+
+
+def throw(stream: NDArray[np.uint64], place: NDArray[np.uint64]) -> Floats:
+    """Return the uniform numbers at these places of streams."""
+    return (_mix(stream + place * GOLDEN) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -521,6 +610,15 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
+
+
+def _sum_where(asked_BC: Ints, keys_BK: Ints, weights_BK: Floats) -> Floats:
+    """Sum each asked key's weights: [B, C]; in turns, so that nothing is [B, C, K]."""
+    columns = zip(keys_BK.T, weights_BK.T, strict=True)
+    return sum(
+        ((asked_BC == key[:, None]) * weight[:, None] for key, weight in columns),
+        np.zeros(asked_BC.shape),
+    )
 
 
 def _pick(choices_UK: Ints, weights_UK: Floats, chance_U: Floats) -> Ints:

@@ -75,12 +75,17 @@ class ModelScorer:
     @torch.no_grad()
     def score(self, batch: EvaluationBatch) -> Tensor:
         """Return the dot product of each item with the nearest interest: [B, N + 1]."""
-        arrays = batch.encoded(self.max_length)
-        inputs = (torch.from_numpy(arrays[name]).to(self.device) for name in self.inputs)
-        queries_BHD = self.model(*inputs).float()
+        queries_BHD = self.queries(batch)
         # fp32 here: rounding to bf16 would make ties of what the model tells apart.
         with torch.autocast(self.device.type, enabled=False):
             return self._best_interest(queries_BHD)
+
+    @torch.no_grad()
+    def queries(self, batch: EvaluationBatch) -> Tensor:
+        """Return the query vectors, float32 [B, H, D]."""
+        arrays = batch.encoded(self.max_length)
+        inputs = (torch.from_numpy(arrays[name]).to(self.device) for name in self.inputs)
+        return cast(Tensor, self.model(*inputs)).float()
 
     def _best_interest(self, queries_BHD: Tensor) -> Tensor:
         # The same memory each time: asking the system for it costs more than the product.

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -26,6 +26,10 @@ from recsys.index.build import BuiltIndex, IndexSettings, build, check_vectors
 from recsys.index.bundle import ENCODER, EVENT_ARRAYS, EVENTS, INDEX, ITEMS, USERS, VECTORS
 from recsys.index.search import ItemIndex
 from recsys.schema import EVENT_TYPES, InputError
+
+if TYPE_CHECKING:
+    from recsys.export.ranker import BundledRanker
+    from recsys.training.ranking import LoadedRanker
 
 TUNING_USERS = 1000
 SELF_TESTS = 5
@@ -44,17 +48,36 @@ def export(
     The bundle is named after the run and its own content, so exporting twice makes it once.
     Raises InputError where the run is damaged or its vectors are not finite.
     """
+    from recsys.training.ranking import load_ranker
+    from recsys.training.runs import is_ranker
+
+    settings = IndexSettings.of(index)
+    ranker = load_ranker(run) if is_ranker(run) else None
+    path = _export(ranker.retriever if ranker else run, workspace, settings, name, ranker)
+    workspace.mark_latest("bundle", path)
+    return path
+
+
+def _export(
+    run: Path,
+    workspace: Workspace,
+    settings: IndexSettings,
+    name: str | None,
+    ranker: LoadedRanker | None,
+) -> Path:
     from recsys.export.onnx import export_encoder
     from recsys.training.runs import load_run
 
-    settings = IndexSettings.of(index)
     loaded = load_run(run)
     vectors_ND = item_vectors(loaded.model)
     with tempfile.TemporaryDirectory() as scratch:
         encoder = Path(scratch) / ENCODER
         export_encoder(loaded.model, encoder)
         facts = _run_facts(run, loaded.manifest, loaded.model)
-        name = name or _content_name(facts["name"], encoder, vectors_ND, settings)
+        if ranker is not None:
+            facts |= {key: ranker.manifest[key] for key in ("name", "mlflow_run_id")}
+        parts = asdict(settings), ranker and ranker.manifest["fingerprint"]
+        name = name or _content_name(facts["name"], encoder, vectors_ND, parts)
         path = workspace.folder("bundle") / name
         write_bundle(
             path,
@@ -63,8 +86,8 @@ def export(
             dataset=loaded.dataset,
             facts=facts,
             index=settings,
+            ranker=ranker,
         )
-    workspace.mark_latest("bundle", path)
     return path
 
 
@@ -76,8 +99,11 @@ def write_bundle(
     dataset: Dataset,
     facts: Mapping[str, Any],
     index: Settings = None,
+    ranker: LoadedRanker | None = None,
 ) -> dict[str, Any]:
-    """Write the bundle `directory`, whole or not at all, and return its manifest; needs no torch.
+    """Write the bundle `directory`, whole or not at all, and return its manifest.
+
+    Needs no torch but for a ranker.
 
     encoder: an ONNX graph with output `queries` [batch, H, D]. vectors_ND: row i - 1 is item i.
     facts: `encoder_inputs` and `max_length`, and what else the manifest is to say (name, model,
@@ -98,6 +124,7 @@ def write_bundle(
         _check_width(queries_QHD, vectors_ND)
         built = build(vectors_ND, index, queries_QHD.reshape(-1, vectors_ND.shape[1]))
         _write_index(built, scratch / INDEX)
+        second = _second_stage(scratch, ranker)
         return write_manifest(
             scratch,
             "bundle",
@@ -107,9 +134,18 @@ def write_bundle(
             interests=queries_QHD.shape[1],
             **_dataset_facts(dataset),
             index=built.facts,
-            self_test=_self_tests(dataset, sample, queries_QHD, built, vectors_ND),
+            **({} if second is None else {"ranker": second.facts}),
+            self_test=_self_tests(dataset, sample, queries_QHD, built, vectors_ND, second),
             seconds=round(time.perf_counter() - started, 3),
         )
+
+
+def _second_stage(directory: Path, ranker: LoadedRanker | None) -> BundledRanker | None:
+    if ranker is None:
+        return None
+    from recsys.export.ranker import BundledRanker
+
+    return BundledRanker.write(directory, ranker)
 
 
 def item_vectors(model: Any) -> NDArray[np.float32]:
@@ -152,11 +188,9 @@ def _dataset_facts(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _content_name(
-    name: str, encoder: Path, vectors_ND: NDArray[np.float32], settings: IndexSettings
-) -> str:
+def _content_name(name: str, encoder: Path, vectors_ND: NDArray[np.float32], more: Any) -> str:
     vectors = hashlib.sha256(np.ascontiguousarray(vectors_ND).data).hexdigest()
-    content = fingerprint([sha256(encoder), vectors, asdict(settings)])
+    content = fingerprint([sha256(encoder), vectors, more])
     return f"{name}-{content[:NAME_DIGITS]}"
 
 
@@ -210,16 +244,29 @@ def _self_tests(
     queries_QHD: NDArray[np.float32],
     built: BuiltIndex,
     vectors_ND: NDArray[np.float32],
+    second: BundledRanker | None,
 ) -> list[dict[str, Any]]:
     """Return a few histories with the items that a server must answer, seen ones kept."""
     index = ItemIndex(built.index, vectors_ND, built.facts)
     histories, users = sample
+    width = SELF_TEST_K if second is None else max(SELF_TEST_K, second.ranker.candidates)
     rows = range(0, len(users), max(1, len(users) // SELF_TESTS))[:SELF_TESTS]
-    return [
-        _described(dataset, histories, row, int(users[row]))
-        | {"top": _item_ids(dataset, index.search(queries_QHD[[row]], SELF_TEST_K).indices_BK[0])}
-        for row in rows
-    ]
+    tests = []
+    for row in rows:
+        found = index.search(queries_QHD[[row]], min(width, dataset.num_items))
+        best = found.indices_BK[0]
+        if second is not None:
+            best = second.ordered(int(users[row]), _one(histories, row), found)
+        items = _item_ids(dataset, best[:SELF_TEST_K])
+        tests.append(_described(dataset, histories, row, int(users[row])) | {"top": items})
+    return tests
+
+
+def _one(histories: Histories, row: int) -> Histories:
+    events = slice(*histories.offsets[row : row + 2])
+    columns = (histories.items, histories.types, histories.times)
+    items, types, times = (column[events] for column in columns)
+    return Histories.of([(items, types, times)])
 
 
 def _described(dataset: Dataset, histories: Histories, row: int, user: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The encoder as an ONNX graph that answers as torch does, for any batch and length.
+"""A model as an ONNX graph that answers as torch does, for any batch, length and candidates.
 
-Shapes: B batch, L history length, H interests, D dim.
+Shapes: B batch, L history length, C candidates, H interests, D dim, T tasks, W codes, G numbers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recsys.artifacts import sha256
-from recsys.export.runtime import OUTPUT, Encoder
-from recsys.history import OWN_RECENCY, Arrays, Histories, encode
+from recsys.export.runtime import OUTPUT, Encoder, open_session
+from recsys.features import Field, Layout
+from recsys.history import GAP_BUCKETS, OWN_RECENCY, Arrays, Histories, encode
+from recsys.models.ranker import Calibrated
 from recsys.schema import EVENT_TYPES
 
 if TYPE_CHECKING:
@@ -30,8 +32,18 @@ OPSET = 23
 """The first opset with attention as one node; at 20 a masked row gave NaN in ONNX Runtime."""
 TOLERANCE = 1e-4
 MAX_BATCH = 4096
-BY_LENGTH = ("items", "types", "gaps", "times")
-"""Inputs of shape [batch, length]; all others are [batch]."""
+BY_LENGTH = ("items", "types", "gaps", "times", "path_codes")
+"""Inputs of shape [batch, length, …]."""
+BY_CANDIDATE = (
+    "item_codes",
+    "item_numbers",
+    "item_vectors",
+    "cross_numbers",
+    "retrieval_scores",
+)
+"""Inputs of shape [batch, candidates, …]; all others are [batch, …]."""
+PROBABILITIES = "probabilities"
+MAX_CANDIDATES = 1 << 16
 
 
 class ExportError(RuntimeError):
@@ -45,18 +57,82 @@ def export_encoder(model: nn.Module, path: Path) -> str:
     [batch, interests, dim]. Raises ExportError where the graph's shapes are fixed or its answers
     differ from torch's by more than 1e-4 on random histories.
     """
-    assert not model.training, "call model.eval() first: dropout must not be exported"
     inputs, max_length = _interface(model)
     arrays = random_arrays(model, batch=2, length=min(max_length, 5))
-    example = tuple(torch.from_numpy(arrays[name]) for name in inputs)
-    _write(_traced(model, example), path)
+    _write(_traced(model, arrays, OUTPUT), path)
     check_symbolic(path, inputs)
     check_parity(model, path)
     return sha256(path)
 
 
-def _traced(model: nn.Module, example: tuple[Tensor, ...]) -> onnx.ModelProto:
+def export_ranker(model: Calibrated, layout: Layout, path: Path) -> str:
+    """Write a calibrated ranker as one ONNX file and return the file's SHA-256.
+
+    Inputs are named as `model.inputs`, batch, candidates and length free; the output is
+    `probabilities` [batch, candidates, tasks]. Raises ExportError as `export_encoder` does.
+    """
+    arrays = random_shown(model, layout, batch=2, candidates=3, length=min(model.max_length, 5))
+    _write(_traced(model, arrays, PROBABILITIES), path)
+    check_symbolic(path, model.inputs)
+    session = open_session(path)
+    lengths = sorted({1, 2, model.max_length})
+    worst = max(
+        _distance(model, session, random_shown(model, layout, batch, candidates, length))
+        for batch, candidates in ((1, 1), (1, 50), (3, 7))
+        for length in lengths
+    )
+    _check_near(path, worst)
+    return sha256(path)
+
+
+def _distance(model: nn.Module, session: Any, arrays: Arrays) -> float:
+    """Return how far ONNX Runtime's answer is from torch's; of values above 1 relatively."""
+    inputs, _ = _interface(model)
+    with torch.no_grad():
+        wanted = model(*(torch.from_numpy(arrays[name]) for name in inputs)).numpy()
+    met = session.run(None, {name: arrays[name] for name in inputs})[0]
+    return float((np.abs(met - wanted) / np.maximum(1, np.abs(wanted))).max())
+
+
+def random_shown(
+    model: Calibrated, layout: Layout, batch: int, candidates: int, length: int
+) -> Arrays:
+    """Return random inputs of a ranker: codes and numbers as `layout` has them, some missing."""
+    rng = np.random.default_rng([batch, candidates, length])
+    some, many = (batch,), (batch, candidates)
+    path = (batch, length)
+    arrays: Arrays = {
+        "request_codes": _codes(rng, layout.request_codes, some),
+        "request_numbers": _numbers(rng, (*some, len(layout.request_numbers))),
+        "item_codes": _codes(rng, layout.item_codes, many),
+        "item_numbers": _numbers(rng, (*many, len(layout.item_numbers))),
+        "item_vectors": rng.normal(size=(*many, layout.vector_width)).astype(np.float32),
+        "cross_numbers": _numbers(rng, (*many, len(layout.cross_numbers))),
+        "retrieval_scores": _numbers(rng, many),
+        "path_codes": _codes(rng, layout.item_codes, path),
+        "types": rng.integers(1, len(EVENT_TYPES) + 1, path),
+        "gaps": rng.integers(0, GAP_BUCKETS, path),
+        "lengths": np.append(rng.integers(0, length + 1, batch - 1), length),
+    }
+    return {name: arrays[name] for name in model.inputs}
+
+
+def _codes(
+    rng: np.random.Generator, fields: Sequence[Field], shape: tuple[int, ...]
+) -> NDArray[np.int64]:
+    columns = [rng.integers(0, f.size, shape) for f in fields for _ in range(f.width)]
+    return np.stack(columns, axis=-1) if columns else np.zeros((*shape, 0), np.int64)
+
+
+def _numbers(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    numbers = rng.normal(size=shape).astype(np.float32)
+    return np.where(rng.random(shape) < 0.1, np.float32(np.nan), numbers)
+
+
+def _traced(model: nn.Module, arrays: Arrays, output: str) -> onnx.ModelProto:
+    assert not model.training, "call model.eval() first: dropout must not be exported"
     inputs, max_length = _interface(model)
+    example = tuple(torch.from_numpy(arrays[name]) for name in inputs)
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -66,7 +142,7 @@ def _traced(model: nn.Module, example: tuple[Tensor, ...]) -> onnx.ModelProto:
                 opset_version=OPSET,
                 external_data=False,
                 input_names=list(inputs),
-                output_names=[OUTPUT],
+                output_names=[output],
                 dynamic_shapes=_dynamic_shapes(inputs, max_length),
                 verbose=False,
             )
@@ -87,7 +163,8 @@ def check_symbolic(path: Path, inputs: Sequence[str]) -> None:
     shapes = {value.name: _dims(value) for value in graph.input}
     if tuple(shapes) != tuple(inputs):
         raise ExportError(f"{path}: graph reads {', '.join(shapes)}; the model {', '.join(inputs)}")
-    fixed = {name: dims for name, dims in shapes.items() if not all(map(_is_name, dims))}
+    free = {name: dims[: _free(name)] for name, dims in shapes.items()}
+    fixed = {name: shapes[name] for name, dims in free.items() if not all(map(_is_name, dims))}
     if fixed:
         raise ExportError(
             f"{path}: sizes are baked into the graph: {fixed}; forward must not loop over, or "
@@ -102,9 +179,13 @@ def check_parity(model: nn.Module, path: Path) -> float:
     lengths = sorted({1, 2, max(1, longest // 2), longest})
     cases = [(batch, length) for batch in (1, 3, 17) for length in lengths]
     worst = max(difference(model, encoder, random_arrays(model, *case)) for case in cases)
+    _check_near(path, worst)
+    return worst
+
+
+def _check_near(path: Path, worst: float) -> None:
     if not worst <= TOLERANCE:
         raise ExportError(f"{path}: differs from torch by {worst:.2g}, allowed are {TOLERANCE:.2g}")
-    return worst
 
 
 def difference(model: nn.Module, encoder: Encoder, arrays: Arrays) -> float:
@@ -152,10 +233,17 @@ class _Variadic(nn.Module):
         return cast(Tensor, self.model(*arrays))
 
 
+def _free(name: str) -> int:
+    """Return how many sizes of an input are free."""
+    return 2 if name in (*BY_LENGTH, *BY_CANDIDATE) else 1
+
+
 def _dynamic_shapes(inputs: Sequence[str], max_length: int) -> Any:
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     length = torch.export.Dim("length", min=1, max=max_length)
-    shapes = [{0: batch, 1: length} if name in BY_LENGTH else {0: batch} for name in inputs]
+    candidates = torch.export.Dim("candidates", min=1, max=MAX_CANDIDATES)
+    second = dict.fromkeys(BY_LENGTH, length) | dict.fromkeys(BY_CANDIDATE, candidates)
+    shapes = [{0: batch, 1: second[n]} if n in second else {0: batch} for n in inputs]
     return (tuple(shapes),)  # one variadic argument is a tuple to the exporter
 
 

@@ -32,14 +32,7 @@ class Encoder:
     @classmethod
     def open(cls, graph: Path | bytes, inputs: tuple[str, ...], max_length: int) -> Encoder:
         """Open an ONNX file, or its bytes."""
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        source = str(graph) if isinstance(graph, Path) else graph
-        providers = ["CPUExecutionProvider"]
-        session = onnxruntime.InferenceSession(source, options, providers=providers)
-        return cls(session, inputs, max_length)
+        return cls(open_session(graph), inputs, max_length)
 
     def run(self, arrays: Arrays) -> NDArray[np.float32]:
         """Return queries_BHD of encoded histories."""
@@ -57,6 +50,16 @@ class Encoder:
     def _chunk(self, histories: Histories, users: NDArray[np.integer]) -> NDArray[np.float32]:
         arrays = encode(histories, self.max_length, request_times(histories))
         return self.run(arrays | {"users": users.astype(np.int64) + 1})
+
+
+def open_session(graph: Path | bytes) -> onnxruntime.InferenceSession:
+    """Open an ONNX file, or its bytes, on one CPU thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    source = str(graph) if isinstance(graph, Path) else graph
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def request_times(histories: Histories) -> NDArray[np.int64]:

@@ -23,6 +23,7 @@ from recsys.schema import InputError
 
 ENCODER = "encoder.onnx"
 RANKER = "ranker.onnx"
+FEATURES = "ranker/features.json"
 VECTORS = "item_vectors.safetensors"
 INDEX = "index.faiss"
 ITEMS = "items.parquet"
@@ -31,6 +32,10 @@ EVENTS = "events"
 EVENT_ARRAYS = ("items", "types", "times", "offsets")
 FILES = (ENCODER, VECTORS, INDEX, ITEMS, USERS, *(f"{EVENTS}/{name}.npy" for name in EVENT_ARRAYS))
 """What every bundle holds beside its manifest; one with a ranker holds `RANKER` too."""
+TABLES = ("item_codes", "item_numbers", "item_raw", "user_codes", "user_numbers")
+"""With `FEATURES`, a bundle holds each as `ranker/NAME.npy`: everything of items and users encoded
+as the ranker reads it; row 0 belongs to what is unknown. With declared vectors, `item_vectors` too.
+"""
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,26 @@ class Bundle:
     def ranker_path(self) -> Path:
         """Return the ranker's path, where there is one."""
         return self.path / RANKER
+
+    @cached_property
+    def ranker_features(self) -> dict[str, Any] | None:
+        """The columns that the ranker reads, as `Features.as_json` wrote them; None without any."""
+        if FEATURES not in self.manifest["files"]:
+            return None
+        try:
+            facts: dict[str, Any] = json.loads((self.path / FEATURES).read_bytes())
+        except ValueError as error:
+            raise InputError(
+                f"{self.path / FEATURES}: not JSON; export the bundle again"
+            ) from error
+        return facts
+
+    def ranker_table(self, name: str) -> NDArray[Any]:
+        """Return one of `TABLES`, memory-mapped; raise InputError where it is not there."""
+        file = self.path / "ranker" / f"{name}.npy"
+        if not file.is_file():
+            raise InputError(f"{file}: missing; export the bundle again")
+        return _map_array(file)
 
     @property
     def index_path(self) -> Path:
@@ -230,7 +255,7 @@ def _map_array(file: Path) -> NDArray[Any]:
 
 
 def _require_files(path: Path, manifest: dict[str, Any]) -> None:
-    expected = (*FILES, RANKER) if manifest.get("ranker") else FILES
+    expected = _expected(manifest)
     missing = [name for name in expected if not (path / name).is_file()]
     unlisted = [name for name in expected if name not in manifest.get("files", {})]
     if missing:
@@ -240,3 +265,11 @@ def _require_files(path: Path, manifest: dict[str, Any]) -> None:
         )
     if unlisted:
         raise InputError(f"{path / MANIFEST}: does not list {', '.join(unlisted)}; export it again")
+
+
+def _expected(manifest: dict[str, Any]) -> tuple[str, ...]:
+    if not manifest.get("ranker"):
+        return FILES
+    if FEATURES not in manifest.get("files", {}):
+        return (*FILES, RANKER)
+    return (*FILES, RANKER, FEATURES, *(f"ranker/{name}.npy" for name in TABLES))

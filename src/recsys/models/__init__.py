@@ -7,10 +7,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from recsys.models.ranker import Calibrated, Ranker
 from recsys.models.trajectory import Trajectory
 from recsys.models.two_tower import TwoTower
 
-__all__ = ["Retriever", "Trajectory", "TwoTower"]
+__all__ = ["Calibrated", "Ranker", "Retriever", "Trajectory", "TwoTower"]
 
 
 class Retriever(Protocol):

@@ -27,6 +27,7 @@ from recsys.serving.messages import (
     KeptEvent,
     MalformedJSON,
     Problem,
+    RankRequest,
     RecommendBatch,
     RecommendRequest,
     SimilarQuery,
@@ -41,6 +42,7 @@ from recsys.serving.state import StateUnavailable
 log = structlog.get_logger("recsys.serving")
 REQUEST = msgspec.json.Decoder(RecommendRequest)
 BATCH = msgspec.json.Decoder(RecommendBatch)
+RANK = msgspec.json.Decoder(RankRequest)
 EVENT = msgspec.json.Decoder(Event)
 EVENTS = msgspec.json.Decoder(list[Event])
 OTHER = "other"
@@ -72,6 +74,13 @@ async def recommend_batch(service: Service, request: Request) -> Reply:
         service.guard.charge(request.caller, len(asked.requests) - 1)
     request.answers = await service.recommend(asked.requests)
     return reply(AnswerBatch(request.answers))
+
+
+async def rank(service: Service, request: Request) -> Reply:
+    """POST /v1/rank: a caller's own items."""
+    answer = await service.rank(decoded(RANK, await service.body(request)))
+    request.answers = [answer]
+    return reply(answer)
 
 
 async def similar(service: Service, request: Request) -> Reply:
@@ -159,6 +168,7 @@ async def docs(service: Service, request: Request) -> Reply:
 ROUTES: list[Route[Service]] = [
     Route("POST", "/v1/recommend", recommend, "read"),
     Route("POST", "/v1/recommend/batch", recommend_batch, "read"),
+    Route("POST", "/v1/rank", rank, "read"),
     Route("GET", "/v1/similar/{item_id}", similar, "read"),
     Route("GET", "/v1/items/{item_id}", item, "read"),
     Route("POST", "/v1/events", post_events, "events"),
@@ -173,7 +183,7 @@ ROUTES: list[Route[Service]] = [
 ]
 """Every route with the scope that a key needs for it; those without one are open."""
 ASSETS = "/docs/assets"
-MODELLED = frozenset(("/v1/recommend", "/v1/recommend/batch"))
+MODELLED = frozenset(("/v1/recommend", "/v1/recommend/batch", "/v1/rank"))
 """Paths that are turned away before anything is done for them while no further one can wait."""
 
 

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from recsys.serving.guard import Key
-from recsys.serving.messages import Answer
+from recsys.serving.messages import Answer, RankAnswer
 from recsys.serving.protocol import read_body
 
 Scope = Mapping[str, Any]
@@ -57,7 +57,7 @@ class Request:
     receive: Receive
     tail: str = ""
     caller: Key | None = None
-    answers: Sequence[Answer] = ()
+    answers: Sequence[Answer | RankAnswer] = ()
 
     def header(self, name: bytes) -> bytes | None:
         """Return the first header of this lower-case name."""

@@ -120,12 +120,18 @@ class Catalogue:
         values = self.table[column].to_pylist() if column else [None] * len(self.table)
         return [None, *values]
 
-    def recommended(self, indices: Sequence[int], scores: Sequence[float]) -> list[Recommended]:
-        """Return items by index with their scores, titles and categories."""
+    def recommended(
+        self,
+        indices: Sequence[int],
+        scores: Sequence[float],
+        propensities: Sequence[float] | None = None,
+    ) -> list[Recommended]:
+        """Return items by index with their scores, titles, categories and propensities."""
         ids, titles, categories = self.ids, self.titles, self.categories
+        chances: Sequence[float | None] = propensities or [None] * len(indices)
         return [
-            Recommended(ids[i], score, titles[i], categories[i])
-            for i, score in zip(indices, scores, strict=True)
+            Recommended(ids[i], score, titles[i], categories[i], chance)
+            for i, score, chance in zip(indices, scores, chances, strict=True)
         ]
 
     def filter(self, allow: Sequence[str] | None, deny: Sequence[str]) -> Filter:

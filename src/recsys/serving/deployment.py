@@ -27,7 +27,7 @@ from msgspec.structs import replace as changed
 from recsys.index.bundle import Bundle
 from recsys.schema import InputError
 from recsys.serving.engine import Engine, use_one_core
-from recsys.serving.messages import SECONDS_UNTIL, HistoryEvent, RecommendRequest
+from recsys.serving.messages import HistoryEvent, RecommendRequest, moment
 from recsys.serving.parts import synced
 
 log = structlog.get_logger("recsys.serving")
@@ -316,18 +316,11 @@ def _self_test_request(entry: dict[str, Any]) -> RecommendRequest:
     events = zip(entry["history"], entry["event_types"], times, strict=True)
     return RecommendRequest(
         user_id=entry["user_id"],
-        history=[HistoryEvent(item, kind, _moment(time)) for item, kind, time in events],
+        history=[HistoryEvent(item, kind, moment(time)) for item, kind, time in events],
         k=len(entry["top"]),
         exclude_seen=False,
-        now=_moment(entry["now"]),
+        now=moment(entry["now"]),
     )
-
-
-def _moment(milliseconds: int | None) -> float | None:
-    """Return a moment as a request gives it: milliseconds from before 1973 pass for seconds."""
-    if milliseconds is None or milliseconds >= SECONDS_UNTIL:
-        return milliseconds
-    return (milliseconds + 0.5) / 1000  # half a millisecond, which is cut off again
 
 
 def _identity(path: Path) -> Identity:

@@ -13,31 +13,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from recsys.history import OWN_RECENCY, Arrays, Histories, encode
 from recsys.index.bundle import Bundle
 from recsys.index.search import Hits, ItemIndex
 from recsys.schema import InputError
-from recsys.serving.catalogue import NONE, Catalogue, Filter, Indices, Kept
+from recsys.serving.arranging import WITHIN, Arranged, arranged
+from recsys.serving.candidates import Popular, Queries, Reading, Retrieved, ignored
+from recsys.serving.catalogue import NONE, Catalogue, Indices, Kept
 from recsys.serving.graphs import ENCODED, check_inputs, open_graph
+from recsys.serving.log import Complaint
 from recsys.serving.messages import (
     Answer,
-    Ignored,
     ItemAnswer,
+    RankAnswer,
+    RankedItem,
+    RankRequest,
     RecommendRequest,
     SimilarAnswer,
     milliseconds,
 )
 from recsys.serving.paths import EMPTY, Trajectory, event_times, given, joined, since, stored
-from recsys.serving.ranking import Ranker
+from recsys.serving.ranking import Asked, Ranker, Scored
 from recsys.serving.rules import (
     NO_RULES,
     WIDER,
     Boost,
-    Rules,
     boosted,
-    capped,
     in_order,
     rules_of,
     until_enough,
@@ -50,13 +54,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "UnknownItem", "event_times", "use_one_core"]
 
-NAMED_UNKNOWN = 5
-"""So many unknown items are named in an answer; the rest are counted."""
 BOOST_BYTES = 16 << 20
 """Boosts resolved for earlier requests may take this much memory."""
 
 Arm = Literal["champion", "challenger"]
-Queries = NDArray[np.float32]
 
 
 class UnknownItem(InputError):
@@ -64,23 +65,12 @@ class UnknownItem(InputError):
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """One request resolved against a bundle: indices in place of ids, nothing left to look up.
+class Chosen:
+    """One request's items in their places, and who chose them."""
 
-    `path` is cut to what the encoder reads; `out` holds item indices never to answer with; `user`
-    is the user's row plus one, 0 where unknown; `now` is in milliseconds; `recency` is the share
-    of the newest turn, `OWN_RECENCY` where the model weighs it.
-    """
-
-    path: Trajectory
-    out: set[int]
-    filter: Filter
-    rules: Rules
-    user: int
-    now: int
-    recency: float
-    k: int
-    ignored: Ignored | None
+    items: Arranged
+    source: Literal["model", "popular"]
+    fallback: Literal["ranker"] | None = None
 
 
 class Stopwatch:
@@ -91,9 +81,9 @@ class Stopwatch:
         self.since = time.perf_counter_ns()
 
     def lap(self, stage: str) -> None:
-        """End the stage `stage`; the next one begins."""
+        """End the stage `stage`, or a further part of it; the next one begins."""
         now = time.perf_counter_ns()
-        self.stages[stage] = round((now - self.since) / 1e6, 3)
+        self.stages[stage] = round(self.stages.get(stage, 0.0) + (now - self.since) / 1e6, 3)
         self.since = now
 
 
@@ -116,11 +106,15 @@ class Engine:
         self.users = bundle.users
         self.version = bundle.version
         self.max_length = bundle.max_length
+        self.reach = max(bundle.max_length, ranker.max_length if ranker else 0)
         self.inputs = bundle.encoder_inputs
         self.has_time = bundle.has_time
         # Plain arrays over the mapped pages: slicing a numpy.memmap costs five times as much.
         self.events = {name: np.asarray(array) for name, array in bundle.events.items()}
         self.norms = np.maximum(np.linalg.norm(bundle.vectors_ND, axis=1), 1e-12)
+        self.draws = np.random.default_rng()
+        self.warm = False
+        self.complaint = Complaint("ranker_failed")
 
     @classmethod
     def load(cls, path: Path | str, *, threads: int = 1, verify: bool = True) -> Engine:
@@ -137,10 +131,14 @@ class Engine:
         return engine
 
     def warm_up(self) -> None:
-        """Answer the shortest and the longest history once, so that no user waits for it."""
-        for length in (1, self.max_length):
+        """Answer no history, the shortest and the longest, so that no user waits for the first.
+
+        Raises what the ranker raises: once warm, its failures are answered without it.
+        """
+        for length in (0, 1, self.max_length):
             ids = islice(cycle(self.catalogue.ids[1 : length + 1]), length)
             self.recommend([RecommendRequest(history=[*ids])])
+        self.warm = True
 
     def recommend(
         self,
@@ -158,26 +156,24 @@ class Engine:
         watch = Stopwatch()
         given_paths = paths or [None] * len(requests)
         readings = [self._read(*pair) for pair in zip(requests, given_paths, strict=True)]
-        modelled = [row for row, reading in enumerate(readings) if len(reading.path.items)]
         watch.lap("history")
-        chosen = self._modelled([readings[row] for row in modelled], watch)
-        found = dict(zip(modelled, chosen, strict=True))
-        hits = [
-            found[row] if row in found else self._popular(reading)
-            for row, reading in enumerate(readings)
-        ]
-        items = [self.catalogue.recommended(*hit) for hit in hits]
+        sources = self._sources(readings, watch)
+        chosen = [self._chosen(source) for source in sources]
+        watch.lap("search" if self.ranker is None else "rank")
+        items = [self.catalogue.recommended(*one.items) for one in chosen]
         watch.lap("answer")
         return [
             Answer(
                 items=items[row],
-                source="model" if row in found else "popular",
+                source=chosen[row].source,
                 bundle=self.version,
                 timings_ms=watch.stages,
                 history_used=len(reading.path.items),
                 ignored=reading.ignored,
                 answer_id=answer_ids[row] if answer_ids else "",
                 arm=arm,
+                fallback=chosen[row].fallback,
+                path=reading.checksum,
             )
             for row, reading in enumerate(readings)
         ]
@@ -185,13 +181,73 @@ class Engine:
     def popular(self, request: RecommendRequest, path: UserPath | None = None) -> Answer:
         """Answer with popular items whatever the history, by the request's filters and rules.
 
-        For when the model cannot answer in time: some tens of microseconds, and no graph is run.
+        For when the model cannot answer in time: some tens of microseconds, no graph is run, and
+        the answer is neither diverse nor explores.
         """
         watch = Stopwatch()
-        reading = self._read(request, path)
-        items = self.catalogue.recommended(*self._popular(reading))
+        reading = self._read(replace(request, diversity=0.0, explore=0.0), path)
+        items = self.catalogue.recommended(*self._ruled(self._popular(reading)))
         watch.lap("answer")
         return Answer(items, "popular", self.version, watch.stages, ignored=reading.ignored)
+
+    def rank(
+        self,
+        request: RankRequest,
+        path: UserPath | None = None,
+        answer_id: str = "",
+        arm: Arm = "champion",
+    ) -> RankAnswer:
+        """Order a caller's own items; `path` as in `recommend`.
+
+        Raises InputError where the request cannot be answered, or the bundle knows no item of it.
+        """
+        watch = Stopwatch()
+        reading, known = self._own(request, path)
+        watch.lap("history")
+        source = self._source(reading)
+        watch.lap("encode")
+        scored, chooser, fallback = self._weighed(source, known)
+        items = _told(self.catalogue.ids, known, scored, self._tasks, request.k)
+        watch.lap("rank")
+        return RankAnswer(
+            items=items,
+            source=chooser,
+            bundle=self.version,
+            timings_ms=watch.stages,
+            history_used=len(reading.path.items),
+            ignored=reading.ignored,
+            answer_id=answer_id,
+            arm=arm,
+            fallback=fallback,
+            path=reading.checksum,
+        )
+
+    def as_given(self, request: RankRequest, path: UserPath | None = None) -> RankAnswer:
+        """Answer with a caller's own items in their order, for when ranking them took too long."""
+        watch = Stopwatch()
+        reading, known = self._own(request, path)
+        items = [RankedItem(self.catalogue.ids[item]) for item in known[: request.k].tolist()]
+        watch.lap("answer")
+        return RankAnswer(items, "given", self.version, watch.stages, ignored=reading.ignored)
+
+    def checksum(self, request: RecommendRequest, path: UserPath | None = None) -> int:
+        """Return `Answer.path` of what `request` would be answered."""
+        return self._read(request, path).checksum
+
+    def scores(
+        self, request: RecommendRequest, item_ids: Sequence[str], path: UserPath | None = None
+    ) -> list[float]:
+        """Return the scores that items would have in an answer to `request`, boosts included.
+
+        Raises UnknownItem.
+        """
+        reading = self._read(request, path)
+        items = np.array([self._known(item_id) for item_id in item_ids], np.int64)
+        source, boost = self._source(reading), reading.rules.boost
+        scores_C = source.score(items).astype(float)
+        if self.ranker is not None and self._ranks(source):
+            scores_C = self._judged(self.ranker, source, items).scores_C
+        return (scores_C if boost is None else scores_C + boost.of(items)).tolist()
 
     def stored_events(self, user_id: str, erased_before: int = 0) -> int:
         """Return how many events of a user the bundle holds that an erasure has not undone."""
@@ -228,9 +284,14 @@ class Engine:
             raise UnknownItem(f"bundle {self.version} has no item {item_id[:100]!r}")
         return index
 
-    def _read(self, request: RecommendRequest, live: UserPath | None = None) -> Reading:
+    def _read(
+        self,
+        request: RecommendRequest,
+        live: UserPath | None = None,
+        unknown_items: Sequence[str] = (),
+    ) -> Reading:
         now = int(time.time() * 1000) if request.now is None else milliseconds(request.now)
-        unknown: list[str] = []
+        unknown = [*unknown_items]
         user, path = self._path(request, live, now, unknown)
         if not self.has_time and len(path.times):
             now = int(path.times[-1]) + 1
@@ -239,8 +300,9 @@ class Engine:
             out.update(self._indices(request.exclude_items, unknown))
         chosen = self.catalogue.filter(request.allow_categories, request.deny_categories)
         rules = rules_of(request, self.catalogue, self.boosts)
+        requested, weights_T = self._asked_of_ranker(request, user, now)
         return Reading(
-            path=path.last(self.max_length),
+            path=path.last(self.reach),
             out=out,
             filter=chosen,
             rules=rules,
@@ -248,8 +310,47 @@ class Engine:
             now=now,
             recency=self._recency(request),
             k=request.k,
-            ignored=_ignored(unknown, chosen, rules),
+            ignored=ignored(unknown, chosen, rules),
+            requested=requested,
+            weights_T=weights_T,
         )
+
+    def _asked_of_ranker(
+        self, request: RecommendRequest, user: int, now: int
+    ) -> tuple[Arrays, NDArray[np.float64]]:
+        """Return a request's own arrays and task weights; raise InputError without a use for them.
+
+        In a bundle without a ranker, or with one that has neither, both have no effect.
+        """
+        ranker, tasks = self.ranker, request.weights.tasks
+        if request.context and (ranker is None or ranker.encoded is None):
+            raise InputError(
+                f"context: {', '.join(request.context)[:60]} has no effect on bundle "
+                f"{self.version}: it has no ranker that reads a context; leave it out, or train "
+                "with features of the request and export again"
+            )
+        if tasks and (ranker is None or not ranker.tasks):
+            raise InputError(
+                f"weights.tasks: {', '.join(tasks)[:60]} has no effect on bundle {self.version}: "
+                "it has no ranker of tasks; leave it out, or train one and export again"
+            )
+        if ranker is None:
+            return {}, np.zeros(0)
+        return ranker.requested(user, request.context, now), ranker.weights(tasks)
+
+    def _own(
+        self, request: RankRequest, path: UserPath | None
+    ) -> tuple[Reading, NDArray[np.int64]]:
+        """Read a request with its own items; return it and those that the bundle knows."""
+        unknown: list[str] = []
+        known = self._indices([*dict.fromkeys(request.items)], unknown)
+        if not known:
+            raise InputError(
+                f"items: bundle {self.version} knows none of the {len(unknown)} given, such as "
+                f"{unknown[0][:60]!r}; expected ids of its items"
+            )
+        reading = self._read(request.person(), path, unknown)
+        return reading, np.array(known, np.int64)
 
     def _path(
         self, request: RecommendRequest, live: UserPath | None, now: int, unknown: list[str]
@@ -284,29 +385,49 @@ class Engine:
         unknown += [item_id for item_id in item_ids if item_id not in index]
         return [index[item_id] for item_id in item_ids if item_id in index]
 
-    def _modelled(self, readings: Sequence[Reading], watch: Stopwatch) -> list[Hits]:
-        """Encode, search, and where the bundle has a ranker, rank."""
-        arrays = self._arrays(readings)
-        queries_BHD = self._encode(arrays, len(readings))
+    def _sources(self, readings: Sequence[Reading], watch: Stopwatch) -> list[Retrieved | Popular]:
+        """Encode and search for those with a history; the others are shown what is popular."""
+        modelled = [reading for reading in readings if len(reading.path.items)]
+        arrays = self._arrays(modelled)
+        queries_BHD = self._encode(arrays, len(modelled))
         watch.lap("encode")
-        first = self._search(queries_BHD, readings)
-        sources = [
-            Retrieved(reading, self.search_index, queries_HD, hits, self._width(reading))
-            for reading, queries_HD, hits in zip(readings, queries_BHD, first, strict=True)
-        ]
-        if self.ranker is None:
-            found = [self._ruled(source) for source in sources]
-            watch.lap("search")
-            return found
+        first = self._search(queries_BHD, modelled)
+        found = iter(
+            Retrieved(reading, self.search_index, queries_HD, row, hits, self._width(reading))
+            for reading, queries_HD, row, hits in zip(
+                modelled, queries_BHD, self._rows(modelled, arrays), first, strict=True
+            )
+        )
+        sources = [next(found) if len(r.path.items) else self._popular(r) for r in readings]
         watch.lap("search")
-        found = [
-            self._ranked(self.ranker, source, _row(arrays, row, self.ranker.inputs))
-            for row, source in enumerate(sources)
-        ]
-        watch.lap("rank")
-        return found
+        return sources
 
-    def _arrays(self, readings: Sequence[Reading]) -> Arrays:
+    def _source(self, reading: Reading) -> Retrieved | Popular:
+        """Return one request's source, for scores alone: nothing is searched."""
+        if not len(reading.path.items):
+            return self._popular(reading)
+        arrays = self._arrays([reading])
+        row = self._rows([reading], arrays)[0]
+        queries_HD = self._encode(arrays, 1)[0]
+        return Retrieved(reading, self.search_index, queries_HD, row, ([], []), 0)
+
+    def _popular(self, reading: Reading) -> Popular:
+        shape = int(self.bundle.manifest["interests"]), self.bundle.vectors_ND.shape[1]
+        arrays = self._arrays([reading]) if self.ranker and self.ranker.encoded else {}
+        queries_HD, width = np.zeros(shape, np.float32), self._width(reading)
+        return Popular(reading, self.catalogue, queries_HD, arrays, width)
+
+    def _rows(self, readings: Sequence[Reading], arrays: Arrays) -> list[Arrays]:
+        """Return of each request what its ranker reads of the encoded history, if there is one."""
+        ranker = self.ranker
+        if ranker is None:
+            return [{}] * len(readings)
+        if ranker.max_length != self.max_length:
+            arrays = self._arrays(readings, ranker.max_length)
+        names = (*ranker.inputs, "items")
+        return [_row(arrays, row, names) for row in range(len(readings))]
+
+    def _arrays(self, readings: Sequence[Reading], max_length: int | None = None) -> Arrays:
         """Return everything that a graph may read of the requests."""
         if not readings:
             return {}
@@ -314,7 +435,8 @@ class Engine:
         now = np.array([reading.now for reading in readings], np.int64)
         recency = np.array([reading.recency for reading in readings], np.float32)
         users = np.array([reading.user for reading in readings], np.int64)
-        return encode(histories, self.max_length, now, recency) | {"users": users}
+        length = max_length or self.max_length
+        return encode(histories, length, now, recency) | {"users": users}
 
     def _encode(self, arrays: Arrays, batch: int) -> Queries:
         if not batch:
@@ -335,98 +457,113 @@ class Engine:
         return [found[row] for row in range(len(readings))]
 
     def _width(self, reading: Reading) -> int:
-        """Return how many items to search for first: a cap or a ranker chooses among more."""
-        width = reading.k if reading.rules.cap is None else WIDER * reading.k
-        return width if self.ranker is None else max(width, self.ranker.candidates)
+        """Return how many items to search for first: rules or a ranker choose among more."""
+        rules = reading.rules
+        width = reading.k if rules.cap is None else WIDER * reading.k
+        candidates = 0 if self.ranker is None else self.ranker.candidates
+        if rules.diversity or rules.explore:
+            width, candidates = WIDER * reading.k, candidates or WITHIN
+        return max(width, candidates)
 
-    def _popular(self, reading: Reading) -> Hits:
-        return self._ruled(Popular(reading, self.catalogue, self._width(reading)))
+    def _ranks(self, source: Retrieved | Popular) -> bool:
+        """Whether the ranker has a say: without features it knows nothing of who has no history."""
+        ranker = self.ranker
+        return ranker is not None and (ranker.encoded is not None or source.kind == "model")
 
-    def _ruled(self, source: Retrieved | Popular) -> Hits:
+    def _chosen(self, source: Retrieved | Popular) -> Chosen:
+        """Return a source's best items: the ranker's, or where it fails, those of the search."""
+        if self.ranker is None or not self._ranks(source):
+            return Chosen(self._ruled(source), source.kind)
+        try:
+            return Chosen(self._ranked(self.ranker, source), "model")
+        except Exception as error:
+            self._failed(error)
+        return Chosen(self._ruled(source), source.kind, "ranker")
+
+    def _failed(self, error: Exception) -> None:
+        """Note that the ranker failed; a bundle of which it does at once is not fit to serve."""
+        if not self.warm:
+            raise error
+        self.complaint(error, bundle=self.version, kind=type(error).__name__)
+
+    def _ruled(self, source: Retrieved | Popular) -> Arranged:
         """Return a source's best items by the request's rules."""
         reading, rules = source.reading, source.reading.rules
         if rules is NO_RULES:
-            return source.best(reading.k)
+            items, scores = source.best(reading.k)
+            return Arranged(items[: reading.k], scores[: reading.k])
 
-        def attempt(width: int) -> tuple[Hits, bool]:
+        def attempt(width: int) -> tuple[Arranged, bool]:
             hits, complete = boosted(source, rules.boost, width)
-            return capped(hits, rules.cap, reading.k, self.catalogue.categories), complete
+            return self._arranged(hits, reading), complete
 
         return until_enough(source.width, reading.k, attempt)
 
-    def _ranked(self, ranker: Ranker, source: Retrieved, arrays: Arrays) -> Hits:
+    def _ranked(self, ranker: Ranker, source: Retrieved | Popular) -> Arranged:
         """Return what the ranker makes of a source's best items, by the request's rules."""
         reading, rules = source.reading, source.reading.rules
 
-        def attempt(width: int) -> tuple[Hits, bool]:
+        def attempt(width: int) -> tuple[Arranged, bool]:
             hits, complete = boosted(source, rules.boost, width)
-            ranked = self._rescored(ranker, source, arrays, hits, width)
-            return capped(ranked, rules.cap, reading.k, self.catalogue.categories), complete
+            return self._arranged(self._rescored(ranker, source, hits, width), reading), complete
 
         return until_enough(source.width, reading.k, attempt)
 
+    def _arranged(self, ranked: Hits, reading: Reading) -> Arranged:
+        categories, vectors_ND = self.catalogue.categories, self.search_index.vectors_ND
+        return arranged(ranked, reading.k, reading.rules, categories, vectors_ND, self.draws)
+
     def _rescored(
-        self, ranker: Ranker, source: Retrieved, arrays: Arrays, hits: Hits, width: int
+        self, ranker: Ranker, source: Retrieved | Popular, hits: Hits, width: int
     ) -> Hits:
         """Order the first `width` hits, and items boosted by their ids, by the ranker's scores."""
         boost = source.reading.rules.boost
-        items, scores = np.array(hits[0][:width], np.int64), np.array(hits[1][:width])
+        items, retrieval_C = np.array(hits[0][:width], np.int64), np.array(hits[1][:width])
         if boost is not None:
             named = boost.named[source.eligible(boost.named)]
             items = np.concatenate([items, named[~np.isin(named, items)]])
-            scores = source.score(items)
+        if boost is not None or source.kind == "popular":
+            retrieval_C = source.retrieval(items)
         if not len(items):
             return [], []
-        vectors_CD = self.search_index.vectors_ND[items - 1]
-        ranked = ranker.scores(arrays, source.queries_HD, items, vectors_CD, scores)
-        return in_order(items, ranked if boost is None else ranked + boost.of(items))
+        scores_C = self._judged(ranker, source, items, retrieval_C).scores_C
+        return in_order(items, scores_C if boost is None else scores_C + boost.of(items))
 
+    def _judged(
+        self,
+        ranker: Ranker,
+        source: Retrieved | Popular,
+        items: NDArray[np.int64],
+        retrieval_C: NDArray[np.floating] | None = None,
+    ) -> Scored:
+        """Return what the ranker says of some items, in their order."""
+        reading, arrays = source.reading, source.arrays
+        known = arrays | reading.requested | {"queries": source.queries_HD[None]}
+        path = reading.path.last(ranker.max_length)
+        asked = Asked(known, path, reading.now, reading.weights_T)
+        found_C = source.retrieval(items) if retrieval_C is None else retrieval_C
+        return ranker.scores(asked, items, self.search_index.vectors_ND, found_C)
 
-@dataclass(frozen=True, slots=True)
-class Retrieved:
-    """What the search finds for one request; its `first` `width` hits are there already."""
+    def _weighed(
+        self, source: Retrieved | Popular, items: NDArray[np.int64]
+    ) -> tuple[Scored, Literal["model", "retrieval", "popular"], Literal["ranker"] | None]:
+        """Return what is said of some items, by whom, and what failed."""
+        fallback: Literal["ranker"] | None = None
+        if self.ranker is not None and self._ranks(source):
+            try:
+                return self._judged(self.ranker, source, items), "model", None
+            except Exception as error:
+                self._failed(error)
+                fallback = "ranker"
+        none_CT = np.zeros((len(items), 0), np.float32)
+        chooser: Literal["retrieval", "popular"] = (
+            "retrieval" if source.kind == "model" else "popular"
+        )
+        return Scored(source.score(items).astype(float), none_CT), chooser, fallback
 
-    reading: Reading
-    index: ItemIndex
-    queries_HD: Queries
-    first: Hits
-    width: int
-
-    def best(self, width: int) -> Hits:
-        """Return the best `width` items; fewer only where there are no more."""
-        if width == self.width:
-            return self.first
-        reading, queries_BHD = self.reading, self.queries_HD[None]
-        return self.index.nearest(queries_BHD, width, [reading.out], reading.filter.subset)[0]
-
-    def score(self, indices: Indices) -> NDArray[np.floating]:
-        """Return inner products with the queries."""
-        return self.index.score(self.queries_HD, indices)
-
-    def eligible(self, indices: Indices) -> NDArray[np.bool_]:
-        """Return which of some items, in rising order, may be answered with."""
-        return _eligible(self.reading, indices)
-
-
-@dataclass(frozen=True, slots=True)
-class Popular:
-    """What is popular, for one request; scores are numbers of events."""
-
-    reading: Reading
-    catalogue: Catalogue
-    width: int
-
-    def best(self, width: int) -> Hits:
-        """Return the `width` items with most events; fewer only where there are no more."""
-        return self.catalogue.popular(width, self.reading.out, self.reading.filter)
-
-    def score(self, indices: Indices) -> NDArray[np.floating]:
-        """Return numbers of events."""
-        return self.catalogue.counts[indices].astype(float)
-
-    def eligible(self, indices: Indices) -> NDArray[np.bool_]:
-        """Return which of some items, in rising order, may be answered with."""
-        return _eligible(self.reading, indices)
+    @property
+    def _tasks(self) -> tuple[str, ...]:
+        return () if self.ranker is None else self.ranker.tasks
 
 
 def use_one_core() -> None:
@@ -438,27 +575,31 @@ def use_one_core() -> None:
 
 def _row(arrays: Arrays, row: int, names: Sequence[str]) -> Arrays:
     """Return one request's arrays of some names, as if it had been encoded alone."""
-    length = int(arrays["lengths"][row])
+    length = max(1, int(arrays["lengths"][row]))
     chosen = {name: arrays[name] for name in names if name in arrays}
     return {n: v[[row], :length] if v.ndim == 2 else v[[row]] for n, v in chosen.items()}
 
 
-def _eligible(reading: Reading, indices: Indices) -> NDArray[np.bool_]:
-    subset, out = reading.filter.subset, np.fromiter(reading.out, np.int64, len(reading.out))
-    allowed = np.ones(len(indices), bool) if subset is None else subset.holds(indices)
-    places = np.searchsorted(indices, out)
-    out, places = out[places < len(indices)], places[places < len(indices)]
-    allowed[places[indices[places] == out]] = False
-    return allowed
-
-
-def _ignored(items: list[str], chosen: Filter, rules: Rules) -> Ignored | None:
-    boost, categories = rules.boost, chosen.unknown
-    if boost is not None:
-        items, categories = items + boost.unknown_items, categories + boost.unknown_categories
-    if not items and not categories:
-        return None
-    return Ignored(len(items), list(dict.fromkeys(items))[:NAMED_UNKNOWN], categories)
+def _told(
+    ids: Sequence[str],
+    items: NDArray[np.int64],
+    scored: Scored,
+    tasks: Sequence[str],
+    k: int | None,
+) -> list[RankedItem]:
+    """Return the best `k` of some items, of equal ones the most popular first."""
+    order = np.lexsort((items, -scored.scores_C))[:k]
+    rows = zip(
+        items[order].tolist(),
+        scored.scores_C[order].tolist(),
+        scored.probabilities_CT[order].tolist(),
+        strict=True,
+    )
+    # Where no ranker scored them there are tasks without probabilities.
+    return [
+        RankedItem(ids[item], score, dict(zip(tasks, chances, strict=False)))
+        for item, score, chances in rows
+    ]
 
 
 def _top(values_N: NDArray[np.floating], k: int) -> Indices:

@@ -45,7 +45,13 @@ PAUSE = 0.001
 
 
 class LoggedAnswer(msgspec.Struct, frozen=True, array_like=True):
-    """One answer as it was given: items in their order, best first, and who chose them."""
+    """One answer as it was given: items in their order, best first, and who chose them.
+
+    From `propensities` on, what it takes to learn from the answer and to score its items again:
+    how probable each item was at its place (None: nothing was left to chance) and the share of
+    places explored; the moment asked for, in milliseconds; what the request brought, as JSON (of
+    its own history the newest events); the number of events that were read, and their checksum.
+    """
 
     answer_id: str
     user_id: str | None
@@ -57,6 +63,15 @@ class LoggedAnswer(msgspec.Struct, frozen=True, array_like=True):
     items: list[str]
     scores: list[float]
     fallback: str | None = None
+    propensities: list[float] | None = None
+    explore: float | None = None
+    now: int | None = None
+    context: str | None = None
+    weights: str | None = None
+    boosts: str | None = None
+    history: str | None = None
+    history_used: int | None = None
+    path: int | None = None
 
 
 class Sink(Protocol):
@@ -462,6 +477,11 @@ def _table(rows: Sequence[Sequence[Any]], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
+def _whole(row: list[Any]) -> list[Any]:
+    """Return a record of an older version with nothing in the columns that came since."""
+    return row + [None] * (len(ANSWERS) - len(row))
+
+
 class JournalReader:
     """Reads a journal's whole records; `torn` says that something after them was not whole."""
 
@@ -475,7 +495,7 @@ class JournalReader:
         rows, place = [], len(MAGIC)
         decode = msgspec.msgpack.Decoder(list).decode
         while body := self._body(place):
-            rows.append(decode(body))
+            rows.append(_whole(decode(body)))
             place += FRAME.size + len(body)
             if len(rows) == SLICE:
                 yield rows

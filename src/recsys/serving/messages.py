@@ -16,6 +16,7 @@ from recsys.serving.settings import MAX_HISTORY, MAX_K
 
 MAX_BATCH = 256
 MAX_EVENTS = 10_000
+MAX_CANDIDATES = 10_000
 SECONDS_UNTIL = 100_000_000_000
 """Numbers below this are seconds (until the year 5138), from here on milliseconds (from 1973)."""
 LAST_MOMENT = 253_402_300_799_999
@@ -34,6 +35,14 @@ Share = Annotated[
 ]
 K = Annotated[int, Meta(ge=1, le=MAX_K, description="How many items to answer with")]
 Boost = Annotated[float, Meta(ge=-1_000, le=1_000)]
+Context = Annotated[
+    dict[str, Any],
+    Meta(
+        max_length=100,
+        description="What the bundle's ranker reads of the request itself, by name: a text, a "
+        "number or a truth value; what is left out, or null, counts as missing",
+    ),
+]
 
 
 class HistoryEvent(Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,9 +58,14 @@ class HistoryEvent(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Weights(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What an answer is to lean to; what is left out, the model weighs itself."""
+    """What an answer is to lean to; what is left out, the model weighs itself.
+
+    `tasks` takes the place of the ranker's own blend: an item's score is the sum of what the ranker
+    says of each task, times its weight, and a task that is left out has none.
+    """
 
     recency: Share | None = None
+    tasks: Annotated[dict[str, Boost], Meta(max_length=100)] = {}
 
 
 class Boosts(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -66,7 +80,9 @@ class RecommendRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_def
 
     A `history` takes the place of the one stored for `user_id`, of whom the model then uses only
     what else it knows. Plain item ids in a history are views. An answer that is not ready after
-    `deadline_ms` is the popular items instead, and says so.
+    `deadline_ms` is the popular items instead, and says so. `diversity` is how much the difference
+    from the items above counts beside the score; `explore`, how often a place goes to an item drawn
+    from those that were ranked lower (left out: as the server is set).
     """
 
     user_id: Id | None = None
@@ -81,10 +97,45 @@ class RecommendRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_def
     now: Moment | None = None
     weights: Weights = Weights()
     deadline_ms: Annotated[float, Meta(gt=0, le=60_000)] | None = None
+    context: Context = {}
+    diversity: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    explore: Annotated[float, Meta(ge=0, le=1)] | None = None
 
     def __post_init__(self) -> None:
         if self.now is not None:
             milliseconds(self.now)
+
+
+class RankRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Have your own items ranked for a person; the other fields are those of `RecommendRequest`.
+
+    Items named twice count once. Without `k` all are answered with. An answer that is not ready
+    after `deadline_ms` is the items in the order given, and says so.
+    """
+
+    items: Annotated[list[Id], Meta(min_length=1, max_length=MAX_CANDIDATES)]
+    user_id: Id | None = None
+    history: Annotated[list[Id | HistoryEvent], Meta(max_length=MAX_HISTORY)] | None = None
+    context: Context = {}
+    weights: Weights = Weights()
+    k: Annotated[int, Meta(ge=1, le=MAX_CANDIDATES)] | None = None
+    now: Moment | None = None
+    deadline_ms: Annotated[float, Meta(gt=0, le=60_000)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.now is not None:
+            milliseconds(self.now)
+
+    def person(self) -> RecommendRequest:
+        """Return what a recommendation would be asked with, but for the items."""
+        return RecommendRequest(
+            user_id=self.user_id,
+            history=self.history,
+            exclude_seen=False,
+            now=self.now,
+            weights=self.weights,
+            context=self.context,
+        )
 
 
 class RecommendBatch(Struct, frozen=True, forbid_unknown_fields=True):
@@ -121,12 +172,17 @@ class SimilarQuery(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Recommended(Struct, frozen=True, omit_defaults=True):
-    """One item of an answer; title and category where the bundle has them."""
+    """One item of an answer; title and category where the bundle has them.
+
+    `propensity` is how probable it was that this item stood at this place, where the answer
+    explores.
+    """
 
     item_id: str
     score: float
     title: str | None = None
     category: str | list[str] | None = None
+    propensity: float | None = None
 
 
 class Ignored(Struct, frozen=True):
@@ -140,11 +196,12 @@ class Ignored(Struct, frozen=True):
 class Answer(Struct, frozen=True, omit_defaults=True):
     """Recommended items, best first, and where they come from.
 
-    `source` is "model" where a history was read and "popular" where there was none, and `score`
-    is then the number of events. `history_used` counts the events that the model read.
-    `timings_ms` holds each stage's milliseconds, for all answers of a batch together. Events that
-    follow from the answer name its `answer_id`. `arm` says which of two models on trial answered,
-    and `fallback` why the model did not.
+    `source` is "model" where a history was read or a ranker chose, and "popular" where neither, and
+    `score` is then the number of events. `history_used` counts the events that the model read, and
+    `path` is their checksum: equal where the same events were read. `timings_ms` holds each stage's
+    milliseconds, for all answers of a batch together. Events that follow from the answer name its
+    `answer_id`. `arm` says which of two models on trial answered, and `fallback` what failed: the
+    "deadline" (these are popular items) or the "ranker" (these are as retrieval orders them).
     """
 
     items: list[Recommended]
@@ -155,13 +212,46 @@ class Answer(Struct, frozen=True, omit_defaults=True):
     ignored: Ignored | None = None
     answer_id: str = ""
     arm: Arm = "champion"
-    fallback: Literal["deadline"] | None = None
+    fallback: Literal["deadline", "ranker"] | None = None
+    path: int = 0
 
 
 class AnswerBatch(Struct, frozen=True):
     """One answer a request, in the requests' order."""
 
     answers: list[Answer]
+
+
+class RankedItem(Struct, frozen=True, omit_defaults=True):
+    """One of a caller's items: its score, and what the ranker says of each task.
+
+    A probability, or of `dwell` the seconds to expect.
+    """
+
+    item_id: str
+    score: float | None = None
+    probabilities: dict[str, float] = {}
+
+
+class RankAnswer(Struct, frozen=True, omit_defaults=True):
+    """A caller's own items, best first; the fields are those of `Answer`.
+
+    `source` is "model" where the bundle's ranker scored them, "retrieval" where there is none and
+    the score is the one that retrieval orders by, "popular" where there is no history for that
+    either and it is the number of events, and "given" where the deadline was missed: the items are
+    in the order given, without scores. Items that the bundle does not know are in `ignored` alone.
+    """
+
+    items: list[RankedItem]
+    source: Literal["model", "retrieval", "popular", "given"]
+    bundle: str
+    timings_ms: dict[str, float]
+    history_used: int = 0
+    ignored: Ignored | None = None
+    answer_id: str = ""
+    arm: Arm = "champion"
+    fallback: Literal["deadline", "ranker"] | None = None
+    path: int = 0
 
 
 class SimilarAnswer(Struct, frozen=True):
@@ -274,6 +364,13 @@ def milliseconds(moment: int | float | str) -> int:
     if not 0 <= value <= LAST_MOMENT:
         raise InputError(f"{moment!r} is not a moment between the years 1970 and 9999")
     return int(value)
+
+
+def moment(milliseconds: int | None) -> float | None:
+    """Return a moment as a request gives it: milliseconds from before 1973 pass for seconds."""
+    if milliseconds is None or milliseconds >= SECONDS_UNTIL:
+        return milliseconds
+    return (milliseconds + 0.5) / 1000  # half a millisecond, which is cut off again
 
 
 def _iso_milliseconds(text: str) -> float:

@@ -20,7 +20,7 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from recsys.serving.messages import Answer, EventsAnswer
+from recsys.serving.messages import Answer, EventsAnswer, RankAnswer
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
@@ -43,7 +43,7 @@ class Metrics:
         about = "Time of each stage of an answer (of a batch: of all its answers)"
         self.stages = spread("stage_seconds", about, BUCKETS, "stage")
         self.answers = count("answers", "Answers by source and arm", "source", "arm")
-        self.fallbacks = count("fallbacks", "Popular answers in the model's place", "reason")
+        self.fallbacks = count("fallbacks", "Answers without the model, or its ranker", "reason")
         self.events = count("events", "Posted events by what became of them", "outcome")
         self.state_errors = count("state_errors", "Calls of the user state that failed")
         self.swaps = count("swaps", "Changes of bundle: ok, or failed", "outcome")
@@ -73,7 +73,7 @@ class Metrics:
             self.bundle.labels(*one).set(1)
         self.named |= set(bundles)
 
-    def answered(self, answers: Sequence[Answer]) -> None:
+    def answered(self, answers: Sequence[Answer | RankAnswer]) -> None:
         """Count the answers of one request, and the time of their stages once."""
         for answer in answers:
             self._child(self.answers, answer.source, answer.arm).inc()

@@ -19,6 +19,8 @@ from recsys.serving.messages import (
     Event,
     EventsAnswer,
     ItemAnswer,
+    RankAnswer,
+    RankRequest,
     RecommendBatch,
     RecommendRequest,
     SimilarAnswer,
@@ -46,6 +48,8 @@ _STRUCTS = (
     messages.Answer,
     RecommendBatch,
     AnswerBatch,
+    RankRequest,
+    RankAnswer,
     SimilarAnswer,
     ItemAnswer,
     Event,
@@ -68,6 +72,7 @@ EXAMPLE = {
     "history": ["i1", {"item_id": "i2", "event_type": "cart", "timestamp": "2025-03-01T12:30:00Z"}],
     "k": 5,
 }
+RANKED = {"items": ["i9", "i10", "i11"], "user_id": "u1", "history": ["i12"]}
 
 
 def document() -> Json:
@@ -93,6 +98,7 @@ def document() -> Json:
 
 def _paths() -> Json:
     ask, batch = _body(RecommendRequest, EXAMPLE), _body(RecommendBatch, {"requests": [EXAMPLE]})
+    ranked = _body(RankRequest, RANKED)
     item, user = [_tail("item_id")], [_tail("user_id")]
     kept = _operation("What is kept of a person", UserAnswer, 404, 503, parameters=user)
     erased = _operation("Forget a person", ErasedAnswer, 404, 503, parameters=user)
@@ -101,6 +107,7 @@ def _paths() -> Json:
     return {
         "/v1/recommend": {"post": _posted("Recommend items", messages.Answer, ask)},
         "/v1/recommend/batch": {"post": _posted("Recommend to several", AnswerBatch, batch)},
+        "/v1/rank": {"post": _posted("Rank your own items", RankAnswer, ranked)},
         "/v1/similar/{item_id}": {"get": similar},
         "/v1/items/{item_id}": {"get": known},
         "/v1/events": {"post": _posted("Events happened", EventsAnswer, _events(), 404, 409, 503)},

@@ -46,6 +46,15 @@ ANSWERS = pa.schema(
         ("items", pa.list_(pa.string())),
         ("scores", pa.list_(pa.float32())),
         ("fallback", pa.string()),
+        ("propensities", pa.list_(pa.float64())),
+        ("explore", pa.float64()),
+        ("now", pa.int64()),
+        ("context", pa.string()),
+        ("weights", pa.string()),
+        ("boosts", pa.string()),
+        ("history", pa.string()),
+        ("history_used", pa.int32()),
+        ("path", pa.int64()),
     ]
 )
 KINDS = {"events": EVENTS, "answers": ANSWERS}
@@ -140,7 +149,7 @@ def _written(scratch: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> in
     rows = 0
     try:
         with pq.ParquetWriter(scratch, schema, compression="zstd") as writer:
-            for table in _grouped(tables):
+            for table in _grouped(of_schema(table, schema) for table in tables):
                 writer.write_table(table, row_group_size=GROUP)
                 rows += len(table)
         synced(scratch)
@@ -148,6 +157,14 @@ def _written(scratch: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> in
         scratch.unlink(missing_ok=True)  # on a full disk the room is needed
         raise
     return rows
+
+
+def of_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return rows of an older version with nothing in the columns that came since."""
+    for field in schema:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table
 
 
 def _grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

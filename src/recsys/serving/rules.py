@@ -1,7 +1,8 @@
 """What a shop adds to the model's opinion: boosts of items, and how many of a category to show.
 
-In this order: the score, boosts, what is excluded or not allowed, the cap, the first k. Shapes: M
-boosted items, N items. Items are indices 1 to N.
+In this order: the score, boosts, what is excluded or not allowed, the cap, the first k (diverse and
+exploring where asked for: `recsys.serving.arranging`). Shapes: M boosted items, N items. Items are
+indices 1 to N.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ from recsys.serving.messages import Boosts, RecommendRequest
 WIDER = 4
 """How much further each search looks than the one that left too few."""
 Amounts = NDArray[np.float64]
+Found = TypeVar("Found", bound=Sequence[Any])
+"""Items first, then what belongs to each of them."""
 
 
 class Source(Protocol):
@@ -71,10 +74,12 @@ class Boost:
 
 
 class Rules(NamedTuple):
-    """The rules of one request; None where it has none of a kind."""
+    """The rules of one request; None, or 0, where it has none of a kind."""
 
     cap: int | None = None
     boost: Boost | None = None
+    diversity: float = 0.0
+    explore: float = 0.0
 
 
 NO_RULES = Rules()
@@ -84,12 +89,14 @@ def rules_of(request: RecommendRequest, catalogue: Catalogue, kept: Kept[Boost])
     """Resolve a request's rules; raise InputError where the bundle has no categories for them."""
     boosts, cap = request.boosts, request.max_per_category
     boosted = bool(boosts.items or boosts.categories)
-    if cap is None and not boosted:
+    further = request.diversity, request.explore or 0.0
+    if cap is None and not boosted and not any(further):
         return NO_RULES
     if cap is not None or boosts.categories:
         catalogue.need_categories("leave out max_per_category and boosts.categories")
     key = frozenset(boosts.items.items()), frozenset(boosts.categories.items())
-    return Rules(cap, kept.get(key, lambda: resolved(boosts, catalogue)) if boosted else None)
+    boost = kept.get(key, lambda: resolved(boosts, catalogue)) if boosted else None
+    return Rules(cap, boost, *further)
 
 
 def resolved(boosts: Boosts, catalogue: Catalogue) -> Boost:
@@ -154,8 +161,7 @@ def capped(hits: Hits, cap: int | None, k: int, categories: Sequence[Any]) -> Hi
     shown: Counter[str] = Counter()
     kept: Hits = [], []
     for index, score in zip(*hits, strict=True):
-        names = categories[index] or ()
-        names = {names} if isinstance(names, str) else set(names)
+        names = names_of(categories[index])
         if any(shown[name] >= cap for name in names):
             continue
         shown.update(names)
@@ -166,7 +172,16 @@ def capped(hits: Hits, cap: int | None, k: int, categories: Sequence[Any]) -> Hi
     return kept
 
 
-def until_enough(width: int, k: int, attempt: Callable[[int], tuple[Hits, bool]]) -> Hits:
+def names_of(category: str | Sequence[str] | None) -> frozenset[str]:
+    """Return the categories of an item, as the catalogue holds them, as a set.
+
+    >>> names_of("shoes"), names_of(None)
+    (frozenset({'shoes'}), frozenset())
+    """
+    return frozenset([category] if isinstance(category, str) else category or ())
+
+
+def until_enough(width: int, k: int, attempt: Callable[[int], tuple[Found, bool]]) -> Found:
     """Return the first attempt that leaves `k` items, or that saw all there are.
 
     Each looks `WIDER` times further than the one before it.

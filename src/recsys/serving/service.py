@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 import structlog
@@ -26,7 +26,17 @@ from recsys.serving.guard import Guard, Keys, Refusal
 from recsys.serving.intake import Clock, Intake
 from recsys.serving.lanes import Lanes
 from recsys.serving.log import AnswerJournal, LoggedAnswer, Shipper, erase
-from recsys.serving.messages import Answer, Arm, Event, EventsAnswer, RecommendRequest
+from recsys.serving.messages import (
+    Answer,
+    Arm,
+    Event,
+    EventsAnswer,
+    RankAnswer,
+    RankRequest,
+    Recommended,
+    RecommendRequest,
+    milliseconds,
+)
 from recsys.serving.protocol import Patience
 from recsys.serving.settings import ServeSettings
 from recsys.serving.state import StateUnavailable, UserPath, UserState, user_hash
@@ -35,8 +45,14 @@ from recsys.serving.trial import Trial, choose, new_answer_id
 
 log = structlog.get_logger("recsys.serving")
 Result = TypeVar("Result")
+Asked = RecommendRequest | RankRequest
+Given = Answer | RankAnswer
 TOGETHER = 16
 """Requests that a thread answers as one batch, where so many wait."""
+LOGGED_HISTORY = 1_000
+"""So many of the newest events of a request's own history are logged with its answer."""
+LOGGED_ITEMS = 1_000
+"""So many of the items that an answer begins with are logged."""
 
 
 class Overloaded(Refusal):
@@ -63,7 +79,7 @@ class NoState(Refusal):
 class Job:
     """The requests of one HTTP request, and who answers each."""
 
-    requests: Sequence[RecommendRequest]
+    requests: Sequence[Asked]
     arms: Sequence[Arm]
 
 
@@ -94,7 +110,7 @@ class Service:
         self.trial.on_return = self.metrics.swaps.labels("returned").inc
         self.patience = Patience()
         self.erased: dict[bytes, int] = {}
-        self.lanes: Lanes[Job, list[Answer]] = Lanes(
+        self.lanes: Lanes[Job, list[Given]] = Lanes(
             self._answer, settings.threads, TOGETHER, "engine", use_one_core
         )
         self.intake = Intake(state, settings.keep_days, self.clock) if state else None
@@ -124,8 +140,20 @@ class Service:
 
         Raises Overloaded where too many wait already, and InputError where a request is wrong.
         """
-        for request in requests:
+        return cast(list[Answer], await self._within_deadline(requests))
+
+    async def rank(self, request: RankRequest) -> RankAnswer:
+        """Order a caller's own items within the deadline, or return them as given where it is late.
+
+        Raises as `recommend`.
+        """
+        (answer,) = await self._within_deadline([request])
+        return cast(RankAnswer, answer)
+
+    async def _within_deadline(self, given: Sequence[Asked]) -> list[Given]:
+        for request in given:
             check_limits(request, self.settings)
+        requests = [self._settled(request) for request in given]
         roster = self.deployer.current
         arms = [choose(roster, request.user_id) for request in requests]
         started = time.perf_counter()
@@ -139,6 +167,13 @@ class Service:
             late.cancel()
         self._count(requests, answers, time.perf_counter() - started)
         return answers
+
+    def _settled(self, request: Asked) -> Asked:
+        """Fill in what the server decides, so that the log tells it: the moment, exploration."""
+        facts: dict[str, Any] = {} if request.now is not None else {"now": self.clock()}
+        if isinstance(request, RecommendRequest) and request.explore is None:
+            facts["explore"] = self.settings.explore
+        return msgspec.structs.replace(request, **facts) if facts else request
 
     async def take(self, events: Sequence[Event]) -> EventsAnswer:
         """Take posted events; return once they are durable. Raises StateUnavailable."""
@@ -206,11 +241,11 @@ class Service:
             raise NoState("this server keeps no users' paths; start it with --state")
         return part
 
-    def _seconds(self, requests: Sequence[RecommendRequest]) -> float:
+    def _seconds(self, requests: Sequence[Asked]) -> float:
         asked = [request.deadline_ms for request in requests if request.deadline_ms]
         return min(asked, default=self.settings.deadline_ms) / 1000
 
-    def _answer(self, jobs: Sequence[Job]) -> list[list[Answer] | BaseException]:
+    def _answer(self, jobs: Sequence[Job]) -> list[list[Given] | BaseException]:
         """Answer jobs on a lane; a job that fails does not take the others with it."""
         roster = self.deployer.current
         try:
@@ -219,39 +254,39 @@ class Service:
         except Exception as error:
             return [self._alone(roster, job) for job in jobs] if len(jobs) > 1 else [error]
 
-    def _alone(self, roster: Roster, job: Job) -> list[Answer] | BaseException:
+    def _alone(self, roster: Roster, job: Job) -> list[Given] | BaseException:
         try:
             return self._all(roster, [job])
         except Exception as error:
             return error
 
-    def _all(self, roster: Roster, jobs: Sequence[Job]) -> list[Answer]:
+    def _all(self, roster: Roster, jobs: Sequence[Job]) -> list[Given]:
         """Return the answers to all jobs' requests in a row, each by its arm."""
         requests = [request for job in jobs for request in job.requests]
         arms = [arm for job in jobs for arm in job.arms]
-        found: dict[int, Answer] = {}
+        found: dict[int, Given] = {}
         for arm in dict.fromkeys(arms):
             places = [place for place, own in enumerate(arms) if own == arm]
             answers = self._by(roster, arm, [requests[place] for place in places])
             found.update(zip(places, answers, strict=True))
         return [found[place] for place in range(len(requests))]
 
-    def _by(self, roster: Roster, arm: Arm, requests: Sequence[RecommendRequest]) -> list[Answer]:
+    def _by(self, roster: Roster, arm: Arm, requests: Sequence[Asked]) -> list[Given]:
         """Return one arm's answers; where the challenger fails, the champion's."""
         paths = [self._path(request) for request in requests]
         if arm == "challenger" and roster.challenger:
             try:
                 ids = [new_answer_id(arm, roster.trial) for _ in requests]
-                return roster.challenger.recommend(requests, paths, ids, arm)
+                return answered(roster.challenger, requests, paths, ids, arm)
             except InputError:
                 raise
             except Exception as error:
                 self.trial.failed(arm)
                 log.exception("challenger_failed", error=type(error).__name__)
         ids = [new_answer_id("champion", roster.trial) for _ in requests]
-        return roster.champion.recommend(requests, paths, ids)
+        return answered(roster.champion, requests, paths, ids, "champion")
 
-    def _path(self, request: RecommendRequest) -> UserPath | None:
+    def _path(self, request: Asked) -> UserPath | None:
         """Return what a user did of late; with a history of its own only its erasure counts.
 
         Where the state does not answer, the bundle's own history still serves, but of the erased.
@@ -266,24 +301,27 @@ class Service:
             return UserPath([], [], [], self.erased.get(user_hash(request.user_id), 0))
 
     def _popular(
-        self, roster: Roster, arms: Sequence[Arm], requests: Sequence[RecommendRequest]
-    ) -> list[Answer]:
+        self, roster: Roster, arms: Sequence[Arm], requests: Sequence[Asked]
+    ) -> list[Given]:
         """Return what stands in for answers that are late; it counts against their arms."""
         return [self._instead(roster, *pair) for pair in zip(arms, requests, strict=True)]
 
-    def _instead(self, roster: Roster, arm: Arm, request: RecommendRequest) -> Answer:
+    def _instead(self, roster: Roster, arm: Arm, request: Asked) -> Given:
         engine = (roster.challenger if arm == "challenger" else None) or roster.champion
-        answer = engine.popular(request, self._path(request))
+        answer: Given
+        if isinstance(request, RankRequest):
+            answer = engine.as_given(request, self._path(request))
+        else:
+            answer = engine.popular(request, self._path(request))
         facts = {"arm": arm, "answer_id": new_answer_id(arm, roster.trial), "fallback": "deadline"}
         return msgspec.structs.replace(answer, **facts)
 
     def _ask(self, engine: Engine, request: RecommendRequest) -> Answer:
-        """Answer as a challenger would; what the trial compares in shadow."""
-        return engine.recommend([request], [self._path(request)])[0]
+        """Answer as a challenger would, without exploring; what the trial compares in shadow."""
+        plain = msgspec.structs.replace(request, explore=0.0)
+        return engine.recommend([plain], [self._path(request)])[0]
 
-    def _count(
-        self, requests: Sequence[RecommendRequest], answers: Sequence[Answer], seconds: float
-    ) -> None:
+    def _count(self, requests: Sequence[Asked], answers: Sequence[Given], seconds: float) -> None:
         self.metrics.answered(answers)
         now = self.clock()
         for request, answer in zip(requests, answers, strict=True):
@@ -292,30 +330,70 @@ class Service:
                 self.journal.record(logged(request, answer, now))
 
 
-def _give_up(future: asyncio.Future[list[Answer]]) -> None:
+def answered(
+    engine: Engine,
+    requests: Sequence[Asked],
+    paths: Sequence[UserPath | None],
+    ids: Sequence[str],
+    arm: Arm,
+) -> list[Given]:
+    """Return an engine's answers: recommendations as one batch, rankings one by one."""
+    found: dict[int, Given] = {}
+    plain: dict[int, RecommendRequest] = {}
+    for place, request in enumerate(requests):
+        if isinstance(request, RankRequest):
+            found[place] = engine.rank(request, paths[place], ids[place], arm)
+        else:
+            plain[place] = request
+    if plain:
+        theirs = [paths[place] for place in plain], [ids[place] for place in plain]
+        found.update(zip(plain, engine.recommend([*plain.values()], *theirs, arm), strict=True))
+    return [found[place] for place in range(len(requests))]
+
+
+def _give_up(future: asyncio.Future[list[Given]]) -> None:
     if not future.done():
         future.set_exception(Late())
 
 
-def logged(request: RecommendRequest, answer: Answer, now: int) -> LoggedAnswer:
-    """Return what the log keeps of an answer."""
+def logged(request: Asked, answer: Given, now: int) -> LoggedAnswer:
+    """Return what the log keeps of an answer: enough to score its items again."""
+    items = answer.items[:LOGGED_ITEMS]
+    asked = request.person() if isinstance(request, RankRequest) else request
+    drawn = [i.propensity for i in items if isinstance(i, Recommended) and i.propensity is not None]
     return LoggedAnswer(
         answer_id=answer.answer_id,
-        user_id=request.user_id,
+        user_id=asked.user_id,
         time=now,
         bundle=answer.bundle,
         arm=answer.arm,
         source=answer.source,
-        k=request.k,
-        items=[item.item_id for item in answer.items],
-        scores=[item.score for item in answer.items],
+        k=request.k or len(items),
+        items=[item.item_id for item in items],
+        scores=[item.score for item in items if item.score is not None],
         fallback=answer.fallback,
+        propensities=drawn or None,
+        explore=asked.explore if drawn else None,
+        now=now if asked.now is None else milliseconds(asked.now),
+        context=_json(asked.context),
+        weights=_json(asked.weights),
+        boosts=_json(asked.boosts),
+        history=_json(asked.history[-LOGGED_HISTORY:] if asked.history else None),
+        history_used=answer.history_used,
+        path=answer.path,
     )
 
 
-def check_limits(request: RecommendRequest, settings: ServeSettings) -> None:
+def _json(value: object) -> str | None:
+    """Return JSON text, None for what has nothing in it."""
+    text = msgspec.json.encode(value).decode() if value else "null"
+    return None if text in ("{}", "null") else text
+
+
+def check_limits(request: Asked, settings: ServeSettings) -> None:
     """Raise InputError where a request asks for more than this server was set to give."""
-    check_k(request.k, settings)
+    if isinstance(request, RecommendRequest):
+        check_k(request.k, settings)
     if request.history and len(request.history) > settings.max_history:
         raise InputError(
             f"history: {len(request.history)} events are over this server's limit of "

@@ -17,6 +17,7 @@ LIMITS = {
     "queue": (1, 100_000),
     "deadline_ms": (1, 60_000),
     "max_body_bytes": (1_024, 1 << 30),
+    "explore": (0, 1),
     "max_k": (1, MAX_K),
     "max_history": (1, MAX_HISTORY),
     "max_connections": (1, 1_000_000),
@@ -55,6 +56,7 @@ class ServeSettings:
     threads: int = _set(2, "of each worker, beside its event loop, each computing on one core")
     queue: int = _set(16, "requests that may wait in a worker; further ones get 429")
     deadline_ms: int = _set(1_000, "an answer that takes longer is the popular items instead")
+    explore: float = _set(0.0, "share of places, 0 to 1, given to items drawn from further down")
     max_body_bytes: int = _set(1 << 20, "larger bodies are refused (413)")
     max_k: int = _set(MAX_K, "largest k")
     max_history: int = _set(MAX_HISTORY, "longest history in a request")
@@ -115,4 +117,4 @@ def _argument(setting: Any) -> dict[str, Any]:
 
 
 def _word(setting: Any) -> str:
-    return "N" if isinstance(setting.default, int) else "TEXT"
+    return "N" if isinstance(setting.default, int | float) else "TEXT"

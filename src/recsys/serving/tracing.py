@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from recsys.schema import InputError
-from recsys.serving.messages import Answer
+from recsys.serving.messages import Answer, RankAnswer
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -43,7 +43,7 @@ class Spans:
         outcome: str,
         ended: float,
         seconds: float,
-        answers: Sequence[Answer] = (),
+        answers: Sequence[Answer | RankAnswer] = (),
         traceparent: str | None = None,
     ) -> None:
         """Write one request that ended at `ended` (`time.time()`) and took `seconds`.
@@ -80,7 +80,9 @@ class Spans:
         self.provider.shutdown()
 
 
-def _described(route: str, outcome: str, answers: Sequence[Answer]) -> dict[str, str | int]:
+def _described(
+    route: str, outcome: str, answers: Sequence[Answer | RankAnswer]
+) -> dict[str, str | int]:
     """Return a span's attributes; those of the answers are of the first."""
     about: dict[str, str | int] = {"http.route": route, "recsys.outcome": outcome}
     if answers:

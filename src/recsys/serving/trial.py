@@ -23,7 +23,7 @@ import structlog
 from msgspec import Struct
 
 from recsys.serving.engine import Engine, use_one_core
-from recsys.serving.messages import Answer, Arm, RecommendRequest
+from recsys.serving.messages import Answer, Arm, RankAnswer, RankRequest, RecommendRequest
 
 if TYPE_CHECKING:
     from recsys.serving.deployment import Bounds, Deployer, Mode, Roster
@@ -346,8 +346,10 @@ class Trial:
         self.thread = threading.Thread(target=self._run, name="trial", daemon=True)
         self.thread.start()
 
-    def answered(self, request: RecommendRequest, answer: Answer, seconds: float) -> None:
-        """Count an answer that was given, and have it answered in shadow where that is on.
+    def answered(
+        self, request: RecommendRequest | RankRequest, answer: Answer | RankAnswer, seconds: float
+    ) -> None:
+        """Count an answer that was given; where that is on, have it answered in shadow too.
 
         An answer of a bundle that is no longer on trial does not count.
         """
@@ -357,7 +359,9 @@ class Trial:
             return
         counts.answered(answer.arm, seconds * 1000, failed=answer.fallback is not None)
         modelled = answer.source == "model" and answer.fallback is None
-        if counts.mode == "shadow" and modelled and roster.challenger is not None:
+        if counts.mode != "shadow" or not modelled or roster.challenger is None:
+            return
+        if isinstance(request, RecommendRequest) and isinstance(answer, Answer):
             self._shadow(counts, roster.challenger, request, answer)
 
     def failed(self, arm: Arm, seconds: float = 0.0) -> None:

@@ -31,6 +31,11 @@ class LoadedRun:
     model: nn.Module
 
 
+def is_ranker(path: Path) -> bool:
+    """Return whether a run is that of a second stage."""
+    return "retriever" in read_manifest(path, "run")
+
+
 def load_run(path: Path) -> LoadedRun:
     """Read a run directory; raise InputError where its dataset or checkpoint does not fit."""
     manifest = read_manifest(path, "run")

@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from recsys.artifacts import MANIFEST, Workspace, read_manifest, write_json, write_manifest
 from recsys.data.batches import Batches, Steps
@@ -27,12 +28,30 @@ from recsys.training.checkpoints import Bookmark, WholeCheckpoints
 from recsys.training.memory import keep_large_buffers
 from recsys.training.module import SeededModule
 from recsys.training.runs import BEST, LAST, dataset_of, read_config, short_name
-from recsys.training.testing import Tested
 from recsys.training.tracking import Tracker, make_tracker
 
 MADE_BY_MANIFEST = ("kind", "schema_version", "recsys_version", "created", "files", "fingerprint")
 STATE = "run.json"
 """What an unfinished run needs to go on: written at its start, before the first step."""
+
+
+class Measured(Protocol):
+    """What a test found."""
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Figures by part: `test`, `validation`, and others beside them."""
+
+    @property
+    def logged(self) -> dict[str, float]:
+        """The figures that MLflow shows."""
+
+    @property
+    def files(self) -> list[Path]:
+        """Plots and tables."""
+
+    def show(self, console: Console, slices: bool = False) -> None:
+        """Print what was found."""
 
 
 class Job(Protocol):
@@ -62,7 +81,7 @@ class Job(Protocol):
     def begin(self, folder: Path) -> None:
         """Do what a new training needs once, before its first step."""
 
-    def test(self, folder: Path) -> Tested:
+    def test(self, folder: Path) -> Measured:
         """Measure the best weights on the test part."""
 
 
@@ -71,7 +90,7 @@ class Trained:
     """A finished training: its run directory and how it did."""
 
     run: Path
-    tested: Tested
+    tested: Any
     seconds: float
 
 

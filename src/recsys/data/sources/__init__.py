@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -20,6 +20,12 @@ class Tables(NamedTuple):
     source, by which events of one user at one moment are ordered.
     items, users: `item_id` or `user_id` string, unique, and feature columns.
     dropped: how many events the source itself left out, by reason.
+    impressions: what was shown, a row an item: `user_id`, `item_id` string or null, `timestamp`
+    int64 as that of events, optionally `request_id` string, `position` (0 is the first place),
+    `propensity`, `row` int64, `part` (train, validation or test, where the publisher split it); the
+    label columns; every other column is context of the request.
+    labels: which columns of impressions are labels; () for those with a name in
+    `impressions.LABELS`.
     """
 
     events: ibis.Table
@@ -27,6 +33,19 @@ class Tables(NamedTuple):
     users: ibis.Table | None
     has_time: bool
     dropped: Mapping[str, int] = MappingProxyType({})
+    impressions: ibis.Table | None = None
+    labels: Sequence[str] = ()
+
+
+def no_events() -> ibis.Table:
+    """Return an event table with no rows, for a log of impressions alone."""
+    import ibis
+    import pyarrow as pa
+
+    text, whole = pa.string(), pa.int64()
+    kinds = {"user_id": text, "item_id": text, "timestamp": whole, "event_type": text}
+    schema = pa.schema(kinds | {"value": pa.float32(), "row": whole})
+    return ibis.memtable(schema.empty_table())
 
 
 class Source(Protocol):

@@ -42,7 +42,8 @@ class Served(Events):
         if self.also is None:
             items = _features(con, self.items, self.item_id, "item_id", "data.source.items")
             users = _features(con, self.users, self.user_id, "user_id", "data.source.users")
-            return Tables(served, items, users, has_time=True, dropped=dropped)
+            shown, _ = self._shown(con)
+            return Tables(served, items, users, True, dropped, shown, tuple(self.labels))
         older = super().read(con, existing(self.also, "data.source.also"), scratch)
         if not older.has_time:
             raise InputError(

@@ -1,0 +1,63 @@
+"""The second stage of a bundle: a ranker's graph, and all that it reads of items and users.
+
+Shapes: C candidates, T tasks, K found items.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recsys.data.shown import as_model, asked
+from recsys.export.onnx import export_ranker
+from recsys.export.runtime import open_session, request_times
+from recsys.history import Histories
+from recsys.index.bundle import FEATURES, RANKER
+from recsys.index.search import Found
+from recsys.training.ranking import LoadedRanker
+
+
+class BundledRanker:
+    """A ranker as it lies in a bundle, asked as a server asks it.
+
+    facts: what the manifest says of it.
+    """
+
+    def __init__(self, directory: Path, ranker: LoadedRanker) -> None:
+        self.session, self.ranker = open_session(directory / RANKER), ranker
+        self.weight_T = np.array([ranker.blend.get(task, 0.0) for task in ranker.model.tasks])
+
+    @classmethod
+    def write(cls, directory: Path, ranker: LoadedRanker) -> BundledRanker:
+        """Write graph, columns and tables into a bundle's directory."""
+        export_ranker(ranker.model, ranker.tables.features.layout, directory / RANKER)
+        ranker.tables.save((directory / FEATURES).parent)
+        return cls(directory, ranker)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a server needs to know, and where the ranker comes from."""
+        ranker, model = self.ranker, self.ranker.model
+        return {
+            "run": ranker.path.name,
+            "inputs": list(model.inputs),
+            "tasks": list(model.tasks),
+            "blend": ranker.blend,
+            "candidates": ranker.candidates,
+            "max_length": model.max_length,
+            "metrics": ranker.manifest["metrics"],
+        }
+
+    def ordered(self, user: int, history: Histories, found: Found) -> NDArray[np.int64]:
+        """Return what a search found for a user's history, in the ranker's order: int64 [K]."""
+        items_C = found.indices_BK[0][found.indices_BK[0] > 0].astype(np.int64)
+        retrieval_C = found.scores_BK[0][: len(items_C)].astype(np.float32)
+        asks = np.array([user]), history, request_times(history), items_C[None], retrieval_C[None]
+        model = self.ranker.model
+        arrays = asked(self.ranker.tables, model.max_length, *asks)
+        given = {name: as_model(arrays[name]) for name in model.inputs}
+        probability_CT = np.asarray(self.session.run(None, given)[0][0])
+        return items_C[np.argsort(-(probability_CT @ self.weight_T), kind="stable")]

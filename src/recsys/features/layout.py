@@ -1,0 +1,79 @@
+"""What encoded columns look like: the layout that a ranker reads, and the item table.
+
+Shapes: B requests, C candidates, L history length, N items, W codes, G numbers, V vector, X raw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recsys.history import Arrays
+
+
+@dataclass(frozen=True)
+class Field:
+    """A categorical field of a layout: `width` places of codes 0 to `size` - 1 in a codes array."""
+
+    name: str
+    size: int
+    width: int = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a ranker reads: the fields and columns of each encoded array, in their order."""
+
+    request_codes: tuple[Field, ...] = ()
+    request_numbers: tuple[str, ...] = ()
+    item_codes: tuple[Field, ...] = ()
+    item_numbers: tuple[str, ...] = ()
+    cross_numbers: tuple[str, ...] = ()
+    vector_width: int = 0
+
+
+@dataclass(frozen=True)
+class ItemTable:
+    """All items encoded; row i is item index i, row 0 an unknown item.
+
+    codes: int32 [N + 1, W]; numbers: float32 [N + 1, G], NaN is missing; vectors: float32
+    [N + 1, V]; raw: float64 [N + 1, X], numbers that path columns read, in the order of
+    `Features.raw_names`.
+    """
+
+    codes: NDArray[np.int32]
+    numbers: NDArray[np.float32]
+    vectors: NDArray[np.float32]
+    raw: NDArray[np.float64]
+
+
+class Rate(NamedTuple):
+    """A statistic of the log: the share of events of `task`, for each value of item field `by`."""
+
+    name: str
+    by: str
+    task: str
+    prior: float
+
+
+def gather(
+    table: ItemTable,
+    candidates_BC: NDArray[np.integer],
+    items_BL: NDArray[np.integer] | None = None,
+) -> Arrays:
+    """Look up what a ranker reads of the candidates and of the path's items, by index.
+
+    Returns `item_codes` int64 [B, C, W], `item_numbers` float32 [B, C, G], `item_vectors` float32
+    [B, C, V] and, where `items_BL` is given, `path_codes` int64 [B, L, W]; none of zero width.
+    """
+    found: Arrays = {
+        "item_codes": table.codes[candidates_BC].astype(np.int64),
+        "item_numbers": table.numbers[candidates_BC],
+        "item_vectors": table.vectors[candidates_BC],
+    }
+    if items_BL is not None:
+        found["path_codes"] = table.codes[items_BL].astype(np.int64)
+    return {name: array for name, array in found.items() if array.shape[-1]}

@@ -1,0 +1,204 @@
+"""Interchangeable parts of the ranker that cross features of a request with a candidate's.
+
+Every part is told `request_width`, `candidate_width` and `dropout`, reads request_BR and
+candidate_BCK and answers hidden_NH, H being its `width`. What a request's own features add to a
+linear layer is computed once a request, never once a candidate. What follows is flat, N: a layer
+and its bias are then one node of an ONNX graph.
+Shapes: B requests, C candidates, N = B × C, R and K widths of both, V rank, H width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys.models.dropout import Dropout
+from recsys.schema import InputError
+
+
+class SplitLinear(nn.Module):
+    """A linear layer on a request's features and a candidate's, without joining the two.
+
+    >>> split = SplitLinear(3, 5, 2)
+    >>> split(torch.ones(4, 1, 3), torch.ones(4, 7, 5)).shape
+    torch.Size([4, 7, 2])
+    """
+
+    def __init__(self, request_width: int, candidate_width: int, width: int) -> None:
+        super().__init__()
+        self.request = nn.Linear(request_width, width)
+        self.candidate = nn.Linear(candidate_width, width, bias=False)
+        for part in (self.request, self.candidate):
+            nn.init.normal_(part.weight, std=math.sqrt(2 / (request_width + candidate_width)))
+        nn.init.zeros_(self.request.bias)
+
+    def forward(self, request: Tensor, candidate: Tensor) -> Tensor:
+        """Return the sum of both sides; `request` [B, 1 or C, R], `candidate` [B, C, K]."""
+        total: Tensor = self.request(request) + self.candidate(candidate)
+        return total
+
+
+class Mlp(nn.Module):
+    """A plain network on all features, its first layer split."""
+
+    def __init__(
+        self,
+        request_width: int,
+        candidate_width: int,
+        dropout: float,
+        hidden: Sequence[int] = (128, 64),
+    ) -> None:
+        super().__init__()
+        self.width = _checked(hidden)[-1]
+        self.first = SplitLinear(request_width, candidate_width, hidden[0])
+        self.rest = dense(hidden, dropout)
+
+    def forward(self, request_BR: Tensor, candidate_BCK: Tensor) -> Tensor:
+        """Return hidden_NH."""
+        return self.read(request_BR[:, None], candidate_BCK)
+
+    def read(self, request: Tensor, candidate: Tensor) -> Tensor:
+        """Return hidden_NH of features as `SplitLinear` reads them."""
+        hidden_NH: Tensor = self.rest(self.first(request, candidate).flatten(0, 1))
+        return hidden_NH
+
+
+class Dcnv2(nn.Module):
+    """Low-rank cross layers on all features, with a deep network behind or beside them.
+
+    Source: DCN V2 (Wang et al. 2021, section 3.1, and 3.5 for the low rank). `stacked`: the deep
+    network reads the crossed features; `parallel`: it reads the plain ones, and what was crossed
+    is brought to the same width beside it.
+    """
+
+    def __init__(
+        self,
+        request_width: int,
+        candidate_width: int,
+        dropout: float,
+        layers: int = 2,
+        rank: int = 16,
+        hidden: Sequence[int] = (64,),
+        structure: Literal["parallel", "stacked"] = "stacked",
+    ) -> None:
+        super().__init__()
+        if structure not in ("parallel", "stacked"):
+            raise InputError(f"model.crossing.structure={structure}: expected parallel or stacked")
+        widths = request_width, candidate_width
+        self.layers = nn.ModuleList(LowRankCross(*widths, rank) for _ in range(layers))
+        self.deep = Mlp(*widths, dropout, hidden)
+        self.beside = SplitLinear(*widths, hidden[-1]) if structure == "parallel" else None
+        self.width = hidden[-1] * (1 if self.beside is None else 2)
+
+    def forward(self, request_BR: Tensor, candidate_BCK: Tensor) -> Tensor:
+        """Return hidden_NH."""
+        plain = request_BR[:, None], candidate_BCK
+        crossed = plain
+        for layer in self.layers:
+            crossed = layer(plain, crossed)
+        if self.beside is None:
+            return self.deep.read(*crossed)
+        return torch.cat([self.beside(*crossed).flatten(0, 1), self.deep.read(*plain)], dim=-1)
+
+
+Pair = tuple[Tensor, Tensor]
+"""Features of the request [B, 1 or C, R] and of the candidates [B, C, K]."""
+
+
+class LowRankCross(nn.Module):
+    """One cross layer, x0 * (U V x + b) + x, with x in its two halves."""
+
+    def __init__(self, request_width: int, candidate_width: int, rank: int) -> None:
+        super().__init__()
+        if rank < 1:
+            raise InputError(f"model.crossing.rank={rank}: expected at least 1")
+        self.narrow = SplitLinear(request_width, candidate_width, rank)
+        self.widen_request = nn.Linear(rank, request_width)
+        self.widen_candidate = nn.Linear(rank, candidate_width)
+
+    def forward(self, plain: Pair, crossed: Pair) -> Pair:
+        """Return the crossed features; the request's half differs by candidate from here on."""
+        narrow_BCV = self.narrow(*crossed)
+        narrow_NV, sizes = narrow_BCV.flatten(0, 1), narrow_BCV.shape[:2]
+        request_BCR = self.widen_request(narrow_NV).unflatten(0, sizes)
+        candidate_BCK = self.widen_candidate(narrow_NV).unflatten(0, sizes)
+        return plain[0] * request_BCR + crossed[0], plain[1] * candidate_BCK + crossed[1]
+
+
+class FinalMlp(nn.Module):
+    """Two streams, each reading features through its own gate, fused by a bilinear product.
+
+    Source: FinalMLP (Mao et al. 2023, sections 3.2 and 3.3). One stream is gated by the request's
+    features, the other by the candidate's; of the fused product every head's terms are handed
+    on beside both streams, so that a linear layer on them is the paper's own output.
+    """
+
+    def __init__(
+        self,
+        request_width: int,
+        candidate_width: int,
+        dropout: float,
+        hidden: Sequence[int] = (64, 32),
+        gate: int = 32,
+        fusion_heads: int = 2,
+    ) -> None:
+        super().__init__()
+        if hidden[-1] % fusion_heads:
+            raise InputError(
+                f"model.crossing.fusion_heads={fusion_heads} does not divide the last of "
+                f"model.crossing.hidden, {hidden[-1]}"
+            )
+        widths = request_width, candidate_width
+        self.gates = nn.ModuleList(Gate(read, gate, widths) for read in widths)
+        self.streams = nn.ModuleList(Mlp(*widths, dropout, hidden) for _ in widths)
+        part = hidden[-1] // fusion_heads
+        self.fusion = nn.ModuleList(nn.Linear(part, part, bias=False) for _ in range(fusion_heads))
+        self.width = 3 * hidden[-1]
+
+    def forward(self, request_BR: Tensor, candidate_BCK: Tensor) -> Tensor:
+        """Return hidden_NH."""
+        plain = request_BR[:, None], candidate_BCK
+        streams_NH = []
+        for context, gate, stream in zip(plain, self.gates, self.streams, strict=True):
+            request, candidate = (x * g for x, g in zip(plain, gate(context), strict=True))
+            streams_NH.append(stream.read(request, candidate))  # type: ignore[operator]
+        return torch.cat([*streams_NH, self._fused(*streams_NH)], dim=-1)
+
+    def _fused(self, left_NH: Tensor, right_NH: Tensor) -> Tensor:
+        parts = left_NH.chunk(len(self.fusion), dim=-1)
+        turned = [turn(part) for turn, part in zip(self.fusion, parts, strict=True)]
+        return torch.cat(turned, dim=-1) * right_NH
+
+
+class Gate(nn.Module):
+    """Weighs every feature from 0 to 2 by what a context says (FinalMLP, equation 5)."""
+
+    def __init__(self, context_width: int, hidden: int, widths: tuple[int, int]) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(context_width, hidden)
+        self.sides = nn.ModuleList(nn.Linear(hidden, width) for width in widths)
+
+    def forward(self, context: Tensor) -> list[Tensor]:
+        """Return the weights of the request's features and of the candidate's."""
+        hidden = F.relu(self.hidden(context))
+        return [2 * side(hidden).sigmoid() for side in self.sides]
+
+
+def dense(widths: Sequence[int], dropout: float) -> nn.Sequential:
+    """Return what follows a layer of `widths[0]`: its activation, then the further layers."""
+    steps: list[nn.Module] = [nn.ReLU(), Dropout(dropout)]
+    for before, after in itertools.pairwise(widths):
+        steps += [nn.Linear(before, after), nn.ReLU(), Dropout(dropout)]
+    return nn.Sequential(*steps)
+
+
+def _checked(hidden: Sequence[int]) -> Sequence[int]:
+    if not hidden or min(hidden) < 1:
+        raise InputError(f"model.crossing.hidden={list(hidden)}: expected widths, as in [128, 64]")
+    return hidden

@@ -1,0 +1,285 @@
+"""The ranker: scores candidates of a request on features of both, task by task.
+
+Shapes: B requests, C candidates, L path length, T tasks, W codes, F fields, G numbers, D dim,
+R width of a request's features, K of a candidate's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from recsys.features import Field, Layout
+from recsys.models.calibration import Calibration
+from recsys.models.crossing import Dcnv2
+from recsys.models.heads import Mmoe
+from recsys.models.target import PathItems, TargetAttention
+from recsys.schema import InputError
+
+MakePart = Callable[..., Any]
+
+
+class Ranker(nn.Module):
+    """Answers one logit a task for every candidate of a request (`dwell`: log1p of seconds).
+
+    `crossing`, `path` and `heads` make its parts (see `recsys.models.crossing`, `target` and
+    `heads`); `path` null reads no history. `retriever` adds the retriever's score as a number;
+    `event_types` and `gaps` are what else is read of the path. `inputs` are the arrays that
+    `layout` has, and those of the path.
+    """
+
+    layout = "shown"
+
+    def __init__(
+        self,
+        layout: Layout,
+        tasks: Sequence[str],
+        max_length: int = 50,
+        retriever: bool = False,
+        dim: int = 16,
+        number_dim: int = 8,
+        dropout: float = 0.1,
+        crossing: MakePart = Dcnv2,
+        path: MakePart | None = TargetAttention,
+        heads: MakePart = Mmoe,
+        event_types: bool = True,
+        gaps: bool = True,
+    ) -> None:
+        super().__init__()
+        self.tasks, self.max_length = _checked(tasks), max_length
+        self.inputs = _inputs(layout, retriever, path is not None, event_types, gaps)
+        self.codes = Codes(layout.request_codes, layout.item_codes, dim)
+        self.numbers = nn.ModuleDict(
+            {name: Numbers(count, number_dim) for name, count in _counts(layout, retriever).items()}
+        )
+        self.vectors = nn.Linear(layout.vector_width, dim) if layout.vector_width else None
+        self.anyone = nn.Parameter(torch.zeros(1, dim))
+        fields = len(layout.item_codes)
+        self.path = path and path(fields, dim, max_length, dropout, event_types, gaps)
+        self.crossing = crossing(*self._widths(layout, dim), dropout)
+        self.heads = heads(self.crossing.width, self.tasks, dropout)
+        self.calibration = Calibration(self.tasks)
+
+    def forward(self, *arrays: Tensor) -> Tensor:
+        """Return logit_BCT; `arrays` in the order of `inputs`."""
+        batch = dict(zip(self.inputs, arrays, strict=True))
+        request_BR, candidate_BCK = self._request(batch), self._candidates(batch)
+        logit_NT = self.heads(self.crossing(request_BR, candidate_BCK))
+        return cast(Tensor, logit_NT.unflatten(0, candidate_BCK.shape[:2]))
+
+    def _request(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return request_BR; where nothing is known of requests, one learned vector for all."""
+        parts = []
+        if "request_codes" in batch:
+            parts.append(self.codes("request_codes", batch["request_codes"]))
+        if "request_numbers" in batch:
+            parts.append(self.numbers["request_numbers"](batch["request_numbers"]))
+        if not parts:
+            parts.append(self.anyone.expand(next(iter(batch.values())).shape[0], -1))
+        return torch.cat(parts, dim=-1)
+
+    def _candidates(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return candidate_BCK: the item, its numbers beside the path's, and what the path says."""
+        parts = []
+        if "item_codes" in batch:
+            parts.append(self.codes("item_codes", batch["item_codes"]))
+        if self.path is not None:
+            parts.append(self.path(parts[0], self._items_of_path(batch["path_codes"]), batch))
+        numbers = [batch[name] for name in ("item_numbers", "cross_numbers") if name in batch]
+        if "retrieval_scores" in batch:
+            numbers.append(_squashed(batch["retrieval_scores"])[..., None])
+        if numbers:
+            parts.append(self.numbers["candidate_numbers"](torch.cat(numbers, dim=-1)))
+        if self.vectors is not None:
+            parts.append(self.vectors(batch["item_vectors"]))
+        return torch.cat(parts, dim=-1)
+
+    def _items_of_path(self, codes_BLW: Tensor) -> PathItems:
+        if not self.training:
+            return PathItems(self.codes("item_codes", codes_BLW))
+        # A batch's paths hold the same items again and again: each is looked up once.
+        codes_UW, place_BL = self.codes.distinct("item_codes", codes_BLW)
+        return PathItems(self.codes("item_codes", codes_UW), place_BL)
+
+    def _widths(self, layout: Layout, dim: int) -> tuple[int, int]:
+        """Return the widths of request_BR and of candidate_BCK."""
+        numbers = {name: cast(Numbers, part).bias.numel() for name, part in self.numbers.items()}
+        request = len(layout.request_codes) * dim + numbers.get("request_numbers", 0)
+        codes = (len(layout.item_codes) + (self.vectors is not None)) * dim
+        read = 0 if self.path is None else self.path.width
+        return request or dim, codes + numbers.get("candidate_numbers", 0) + read
+
+
+class Codes(nn.Module):
+    """One table for the vectors of all categorical fields: a lookup for each array of codes.
+
+    A field of one place has a learned vector for code 0, missing; of several places, the mean of
+    those that are not 0.
+    """
+
+    def __init__(self, request: Sequence[Field], item: Sequence[Field], dim: int) -> None:
+        super().__init__()
+        self.fields = {"request_codes": tuple(request), "item_codes": tuple(item)}
+        row = 1
+        for name, fields in self.fields.items():
+            first_F = row + torch.tensor([0, *(f.size for f in fields)]).cumsum(0)
+            widths_F = torch.tensor([f.width for f in fields], dtype=torch.long)
+            first_W = first_F[:-1].repeat_interleave(widths_F)
+            self.register_buffer(f"{name}_first", first_W, persistent=False)
+            single_W = (widths_F == 1).repeat_interleave(widths_F)
+            self.register_buffer(f"{name}_single", single_W, persistent=False)
+            seeded = torch.Generator().manual_seed(0)
+            odd_W = torch.randint(2**62, (len(first_W),), generator=seeded) * 2 + 1
+            self.register_buffer(f"{name}_hash", odd_W, persistent=False)
+            row = int(first_F[-1])
+        self.table = nn.Embedding(row, dim, padding_idx=0)
+        nn.init.normal_(self.table.weight[1:].detach(), std=0.05)
+
+    def forward(self, name: str, codes: Tensor) -> Tensor:
+        """Return the fields' vectors side by side, [..., F * D], of codes [..., W]."""
+        rows = codes + self.get_buffer(f"{name}_first")
+        if all(field.width == 1 for field in self.fields[name]):
+            return cast(Tensor, self.table(rows).flatten(-2))
+        rows = torch.where((codes > 0) | self.get_buffer(f"{name}_single"), rows, 0)
+        return torch.cat(self._pooled(name, rows, self.table(rows)), dim=-1)
+
+    def distinct(self, name: str, codes_BLW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return codes_UW, each row of `codes_BLW` once, and the place of each: int64 [B, L].
+
+        Rows are told apart by a 64-bit hash: for a batch's some 10^5 to agree by chance, one in
+        10^9 batches.
+        """
+        hash_BL = (codes_BLW * self.get_buffer(f"{name}_hash")).sum(-1)
+        hash_U, place_BL = hash_BL.unique(return_inverse=True)
+        flat_P = place_BL.flatten()
+        some_U = flat_P.new_empty(len(hash_U)).scatter_(
+            0, flat_P, torch.arange(len(flat_P), device=flat_P.device)
+        )
+        return codes_BLW.flatten(0, 1)[some_U], place_BL
+
+    def _pooled(self, name: str, rows: Tensor, vectors: Tensor) -> list[Tensor]:
+        runs = _runs(self.fields[name])
+        widths = [width for width, _ in runs]
+        parts = zip(runs, rows.split(widths, dim=-1), vectors.split(widths, dim=-2), strict=True)
+        return [
+            _mean(vector.flatten(-2), row > 0) if several else vector.flatten(-2)
+            for (_, several), row, vector in parts
+        ]
+
+
+def _runs(fields: Sequence[Field]) -> list[tuple[int, bool]]:
+    """Return the places of each field of several, and of neighbours of one place together.
+
+    >>> _runs([Field("a", 2), Field("b", 2), Field("c", 2, 5)])
+    [(2, False), (5, True)]
+    """
+    runs = []
+    for several, run in groupby(fields, lambda field: field.width > 1):
+        widths = [field.width for field in run]
+        runs += [(width, several) for width in (widths if several else [sum(widths)])]
+    return runs
+
+
+class Numbers(nn.Module):
+    """Each number as a vector: a learned direction times it and a bias, or one for a missing one.
+
+    All are one matrix product, each number having a block of its rows and columns.
+    Source: Gorishniy et al. 2022, section 3.2 (linear embeddings of numerical features).
+
+    >>> Numbers(2, 4)(torch.tensor([[0.5, float("nan")]])).shape
+    torch.Size([1, 8])
+    """
+
+    def __init__(self, count: int, dim: int) -> None:
+        super().__init__()
+        self.weight, self.missing = (nn.Parameter(torch.randn(count, dim) * 0.1) for _ in range(2))
+        self.bias = nn.Parameter(torch.randn(count * dim) * 0.1)
+        self.register_buffer("own", torch.eye(count)[..., None], persistent=False)
+
+    def forward(self, number_G: Tensor) -> Tensor:
+        """Return [..., G * D] of numbers [..., G], NaN where missing."""
+        missing_G = number_G.isnan()
+        known_G = torch.where(missing_G, 0.0, number_G)
+        blocks = [
+            (self.get_buffer("own") * part).flatten(1) for part in (self.weight, self.missing)
+        ]
+        both = torch.cat([known_G, missing_G.to(known_G.dtype)], dim=-1)
+        return both @ torch.cat(blocks) + self.bias
+
+
+class Calibrated(nn.Module):
+    """A ranker that answers with calibrated probabilities (`dwell`: seconds): what is exported."""
+
+    def __init__(self, ranker: Ranker) -> None:
+        super().__init__()
+        self.ranker = ranker
+        self.inputs, self.tasks, self.max_length = ranker.inputs, ranker.tasks, ranker.max_length
+        # Looked at here: a graph has no branches, and most calibrations no lines.
+        self.lines = ranker.calibration.has_lines
+
+    def forward(self, *arrays: Tensor) -> Tensor:
+        """Return probability_BCT; `arrays` in the order of `inputs`."""
+        return cast(Tensor, self.ranker.calibration(self.ranker(*arrays), self.lines))
+
+
+def _counts(layout: Layout, retriever: bool) -> dict[str, int]:
+    """Return how many numbers each side has, where it has some."""
+    candidate = len(layout.item_numbers) + len(layout.cross_numbers) + retriever
+    counts = {"request_numbers": len(layout.request_numbers), "candidate_numbers": candidate}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _inputs(
+    layout: Layout, retriever: bool, path: bool, event_types: bool, gaps: bool
+) -> tuple[str, ...]:
+    if path and not layout.item_codes:
+        raise InputError(
+            "model.path reads categorical item columns, and features declare none; add one, as in "
+            "category: {of: item, kind: categorical}, or use model/path=none"
+        )
+    there = {
+        "request_codes": bool(layout.request_codes),
+        "request_numbers": bool(layout.request_numbers),
+        "item_codes": bool(layout.item_codes),
+        "item_numbers": bool(layout.item_numbers),
+        "item_vectors": layout.vector_width > 0,
+        "cross_numbers": bool(layout.cross_numbers),
+        "retrieval_scores": retriever,
+        "path_codes": path,
+        "types": path and event_types,
+        "gaps": path and gaps,
+        "lengths": path,
+    }
+    inputs = tuple(name for name, wanted in there.items() if wanted)
+    if not set(inputs) - {"request_codes", "request_numbers"}:
+        raise InputError(
+            "features declare nothing of items: a ranker needs a column of: item, path or log"
+        )
+    return inputs
+
+
+def _checked(tasks: Sequence[str]) -> tuple[str, ...]:
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise InputError(f"tasks are [{', '.join(tasks)}]: expected one or more, each once")
+    return tuple(tasks)
+
+
+def _mean(flat: Tensor, there_W: Tensor) -> Tensor:
+    """Return the mean of W vectors side by side [..., W * D], zeros being those not there.
+
+    As products with a fixed matrix, which ONNX Runtime sums several times faster than by itself.
+    """
+    there = there_W.to(flat.dtype)
+    width = there_W.shape[-1]
+    adding = torch.eye(flat.shape[-1] // width, dtype=flat.dtype, device=flat.device)
+    count_1 = (there @ there.new_ones(width, 1)).clamp(min=1.0)
+    return flat @ adding.repeat(width, 1) / count_1
+
+
+def _squashed(score: Tensor) -> Tensor:
+    """Return an inner product of unknown scale on that of its logarithm, with its sign."""
+    return score.sign() * score.abs().log1p()
