@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from ranked_shop import RANKER, RETRIEVER, SHOP
 from recsys.artifacts import Workspace
 from redis_server import RedisServer
 
@@ -63,6 +64,26 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     monkeypatch.setenv("RECSYS_HOME", str(tmp_path / "workspace"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return Workspace()
+
+
+@pytest.fixture(scope="session")
+def trained_shop(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace with a synthetic shop, its retriever `first` and its ranker `second`."""
+    from recsys.cli import main
+
+    root = tmp_path_factory.mktemp("shop") / "workspace"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECSYS_HOME", str(root))
+        assert main(["train", *SHOP, *RETRIEVER, "name=first"]) == 0
+        assert main(["train", *SHOP, *RANKER, "ranking.retriever=first", "name=second"]) == 0
+        return Workspace()
+
+
+@pytest.fixture
+def ranked(trained_shop: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """The trained shop's workspace, which the command uses, too; what a test adds to it stays."""
+    monkeypatch.setenv("RECSYS_HOME", str(trained_shop.root))
+    return trained_shop
 
 
 @pytest.fixture

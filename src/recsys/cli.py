@@ -118,10 +118,10 @@ def evaluate(arguments: Arguments) -> Outcome:
 
 
 def _trained(trained: Any) -> Outcome:
-    facts = {"run": trained.run.name, **trained.tested.metrics}
-    return Outcome(
-        f"run {trained.run.name}", trained.run, f"recsys export {trained.run.name}", facts
-    )
+    name = trained.run.name
+    facts = {"run": name, **trained.tested.metrics}
+    verb = "export" if trained.tested.servable else "evaluate"
+    return Outcome(f"run {name}", trained.run, f"recsys {verb} {name}", facts)
 
 
 def compare(arguments: Arguments) -> Outcome:

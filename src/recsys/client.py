@@ -67,7 +67,7 @@ __all__ = [
     "Weights",
 ]
 Result = TypeVar("Result")
-Value = str | int | float | bool | None
+Value = str | int | float | bool | list[str] | None
 """What a request's context may hold."""
 TIMEOUT = 10.0
 RETRIES = 3

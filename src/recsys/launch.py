@@ -27,6 +27,8 @@ SECTIONS = ("evaluation", "registry", "ranking")
 OF_RANKING = ("ranking", "features", "features_allow", "examples")
 OF_RETRIEVAL = ("loss", "objective", "item_start")
 """Settings of one stage alone."""
+OF_FIRST = (*OF_RETRIEVAL, "model", "batches", "name")
+"""What `recsys run` reads for retrievers alone where a second stage follows."""
 
 
 def configure(overrides: Sequence[str]) -> DictConfig:
@@ -60,10 +62,18 @@ def _refuse_of_other_stage(config: DictConfig, overrides: Sequence[str]) -> None
     ranker = get_object(config.model._target_).layout == "shown"
     other, wanted = (OF_RETRIEVAL, "a retriever") if ranker else (OF_RANKING, "model=ranker")
     for override in overrides:
-        name = re.split(r"[=./]", override.lstrip("+~"))[0]
-        if name in other:
+        if _part(override) in other:
             met = str(config.model._target_).rsplit(".", 1)[-1]
             raise InputError(f"{override} has no effect on {met}: it is for {wanted}; leave it out")
+
+
+def _part(override: str) -> str:
+    """Return which part of the config an override is of.
+
+    >>> _part("+ranking.blend.view=1")
+    'ranking'
+    """
+    return re.split(r"[=./@]", override.lstrip("+~"))[0]
 
 
 def _refuse_unknown(where: str, met: Iterable[Any], known: Iterable[Any]) -> None:
@@ -147,7 +157,7 @@ def evaluate(run: Path, workspace: Workspace) -> Any:
 
 
 def sweep(overrides: Sequence[str]) -> None:
-    """Train once for each point of a Hydra multirun; Optuna's sweeper gets validation NDCG@10."""
+    """Train once for each point of a multirun; Optuna's sweeper gets what training maximised."""
     import hydra
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=CONFIG)
@@ -157,7 +167,7 @@ def sweep(overrides: Sequence[str]) -> None:
         workspace = Workspace()
         trained = train_run(config, open_dataset(config, workspace), workspace)
         trained.tested.show(Console())
-        return float(trained.tested.metrics["validation"]["ndcg@10"])
+        return float(trained.reached)
 
     sys.argv = ["recsys train", "--multirun", *overrides]
     job()
@@ -202,7 +212,7 @@ def run(overrides: Sequence[str], workspace: Workspace) -> Done:
     """Prepare, train and evaluate each variant, and a ranker of the first; export both stages."""
     from recsys.training.train import train as train_run
 
-    configs = _variants(overrides)
+    configs, second = _stages(overrides)
     datasets = {name: open_dataset(config, workspace) for name, config in configs.items()}
     for dataset in {d.path: d for d in datasets.values()}.values():
         _show(dataset)
@@ -211,27 +221,26 @@ def run(overrides: Sequence[str], workspace: Workspace) -> Done:
         print(f"\n{name}", file=sys.stderr, flush=True)
         trained[name] = train_run(config, datasets[name], workspace)
     _show_tests({name: one.tested for name, one in trained.items()})
-    first = last = next(iter(trained.values()))
-    if second := _second_stage(overrides, next(iter(configs.values())), first.run.name):
+    ranker, first = None, next(iter(trained.values()))
+    if second is not None:
         print("\nsecond stage", file=sys.stderr, flush=True)
-        last = train_run(second, open_dataset(second, workspace), workspace)
-        last.tested.show(Console())
-    wanted = [o for o in overrides if o.startswith(("index", "registry"))]
-    exported = export(last.run, wanted, workspace)
+        second.ranking.retriever = str(first.run)
+        ranker = train_run(second, open_dataset(second, workspace), workspace)
+        ranker.tested.show(Console())
+    wanted = [o for o in overrides if _part(o) in ("index", "registry")]
+    exported = export((ranker or first).run, wanted, workspace)
     facts = {
-        "run": first.run.name,
-        **first.tested.metrics,
-        **(
-            {} if last is first else {"second_stage": {"run": last.run.name, **last.tested.metrics}}
-        ),
+        **_facts(first),
+        **({"second_stage": _facts(ranker)} if ranker else {}),
         "bundle": str(exported.bundle),
         "model": exported.model,
-        "variants": {
-            name: {"run": one.run.name, "seconds": one.seconds, **one.tested.metrics}
-            for name, one in trained.items()
-        },
+        "variants": {name: _facts(one) | {"seconds": one.seconds} for name, one in trained.items()},
     }
     return Done(trained, exported.bundle, facts)
+
+
+def _facts(trained: Any) -> dict[str, Any]:
+    return {"run": trained.run.name, **trained.tested.metrics}
 
 
 def _show_tests(tests: dict[str, Any]) -> None:
@@ -244,20 +253,25 @@ def _show_tests(tests: dict[str, Any]) -> None:
         tests[name].show(Console())
 
 
-def _second_stage(overrides: Sequence[str], config: DictConfig, first: str) -> DictConfig | None:
-    """Return the config of the ranker of what the first variant finds, where one is wanted."""
-    if not config.second_stage:
-        return None
-    return configure([*overrides, *config.second_stage, f"ranking.retriever={first}"])
+def _stages(overrides: Sequence[str]) -> tuple[dict[str, DictConfig], DictConfig | None]:
+    """Return the config of each variant, and of the ranker of what the first one finds.
 
-
-def _variants(overrides: Sequence[str]) -> dict[str, DictConfig]:
+    Where there is a second stage, each stage gets what was typed for it; both read equally much.
+    """
     from recsys.training.runs import short_name
 
-    config = configure(overrides)
-    variants = _plain(config.variants)
-    named = {name: configure([*overrides, *more]) for name, more in variants.items()}
-    return named or {short_name(config.model._target_): config}
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        second = list(compose(CONFIG, overrides=list(overrides)).second_stage)
+    typed = [o for o in overrides if not (second and _part(o) in OF_RANKING)]
+    config = configure(typed)
+    named = {name: configure([*typed, *more]) for name, more in _plain(config.variants).items()}
+    variants = named or {short_name(config.model._target_): config}
+    if not second:
+        return variants, None
+    typed = [o for o in overrides if _part(o) not in OF_FIRST]
+    alike = f"model.max_length={next(iter(variants.values())).model.max_length}"
+    name = [f"name={config.name}-ranker"] if config.name else []
+    return variants, configure([*typed, alike, *second, *name])
 
 
 def explain_config(error: BaseException) -> str | None:
@@ -280,8 +294,8 @@ def explain_config(error: BaseException) -> str | None:
 
 def _closest(key: str) -> str:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = compose(CONFIG)
-    return suggestion(key, _keys(config))
+        known = _keys(compose(CONFIG))
+    return " with the other choices" if key in known else suggestion(key, known)
 
 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:

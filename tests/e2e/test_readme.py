@@ -205,6 +205,19 @@ def test_step_by_step(shop: Path) -> None:
     assert "recommendations" in registered
 
 
+@pytest.mark.skipif(not shutil.which("curl"), reason="README asks with curl, which is not here")
+def test_two_stages(tmp_path: Path) -> None:
+    (*lines, serve), asks = blocks("Two stages")
+    for line in lines:
+        assert "Next" in run(line, tmp_path)
+    port = free_port()
+    with running(serve.replace("8000", str(port)), f"http://localhost:{port}/readyz", tmp_path):
+        found, ranked = answers_to(asks, port, tmp_path)
+    assert [found["source"], ranked["source"]] == ["model", "model"]
+    assert len(ranked["items"]) == 3
+    assert ranked["items"][0]["probabilities"].keys() >= {"view", "purchase"}
+
+
 def test_sweeps(shop: Path) -> None:
     run("recsys prepare data=events data.path=events.csv", shop)
     for line in commands("Settings"):

@@ -34,6 +34,8 @@ USERS = pa.table({"region": ["north", "south", "north"], "age": pa.array([30, No
 CONTEXT = {
     "device": pa.array(["phone", "desktop", "phone", None]),
     "speed": pa.array([1.0, 2, 3, 4]),
+    "tags": pa.array([["sale", "red"], ["red"], None, []], pa.list_(pa.string())),
+    "query": pa.array(["Red boots", None, "", "boots"]),
 }
 NOW = 1_700_000_000_000
 
@@ -84,6 +86,12 @@ def codes(name: str, **options: Any) -> list:
 def test_a_wrong_declaration_names_itself(options: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         declare({"brand": item("categorical"), "x": options})
+
+
+def test_a_column_that_is_null_is_left_out() -> None:
+    assert [column.name for column in declare({"brand": item("multi"), "x": None})] == ["brand"]
+    with pytest.raises(InputError, match=r"x.by is 'brand'.*there is none"):
+        declare({"brand": None, "x": {"of": "path", "kind": "ratio", "by": "brand"}})
 
 
 def test_an_index_has_no_options() -> None:
@@ -305,6 +313,86 @@ def test_whole_numbers_and_truth_values_can_be_categories() -> None:
             ask(**wrong)
 
 
+LISTS = REQUEST | {
+    "tags": {"of": "request", "kind": "multi", "most": 3},
+    "query": {"of": "request", "kind": "text", "most": 2},
+}
+
+
+def listed(context: dict[str, Any]) -> list:
+    return asked(context, LISTS)["request_codes"][0, 4:].tolist()
+
+
+def test_a_request_of_lists_by_hand() -> None:
+    layout = fit(**LISTS).layout
+    assert [f.name for f in layout.request_codes[:4]] == ["region", "device", "hour", "weekday"]
+    assert [(f.name, f.size, f.width) for f in layout.request_codes[4:]] == [
+        ("tags", 4, 3),
+        ("query", 4, 2),
+    ]
+    found = asked(
+        {"device": ["desktop"], "tags": [["sale", "red"]], "query": ["RED boots!"]}, LISTS
+    )
+    assert found["request_codes"].tolist() == [[2, 3, 2 + 22, 2 + 1, 3, 2, 0, 3, 2]]
+    assert found["request_codes"].dtype == np.int64
+
+
+def test_places_of_a_list_hold_its_first_distinct_values() -> None:
+    tags = ["sale", None, "sale", "blue", "green", "red", "sale"]
+    assert listed({"tags": [tags]}) == [3, 1, 2, 0, 0], "blue and green are one: unknown"
+    features = fit(tags={"of": "request", "kind": "multi", "most": 2, "hash": 100})
+    nobody = np.zeros((1, 0), np.int32), np.zeros((1, 0), np.float32)
+    found = features.requests(*nobody, {"tags": [["a", "b", "\ud800"]]}, np.array([NOW]))
+    assert found["request_codes"].tolist() == [[2 + crc32(b"a") % 100, 2 + crc32(b"b") % 100]]
+
+
+def test_a_missing_list_is_all_0() -> None:
+    empty: list[dict[str, Any]] = [{"tags": [none]} for none in (None, [], [None])]
+    for context in ({}, {"query": [None]}, {"query": ["?"]}, *empty):
+        assert listed(context) == [0] * 5
+
+
+def test_lists_of_whole_numbers_come_as_such() -> None:
+    training = {"tabs": pa.array([[3, 1], [3]])}
+    features = Features.fit({"tabs": {"of": "request", "kind": "multi"}}, ITEMS, USERS, training)
+    nobody = np.zeros((1, 0), np.int32), np.zeros((1, 0), np.float32)
+    found = features.requests(*nobody, {"tabs": [[1, 7, 3]]}, np.array([NOW]))
+    assert found["request_codes"].tolist() == [[3, 1, 2, 0, 0]]
+    for wrong, message in (
+        ("3", r"^context.tabs: '3' is text, expected a list of whole numbers$"),
+        ([3, "3"], r"^context.tabs\[1\]: '3' is text, expected a whole number$"),
+        ([10**30], r"^context.tabs\[0\]: 10+ is too large, expected 64 bits$"),
+    ):
+        with pytest.raises(InputError, match=message):
+            features.requests(*nobody, {"tabs": [wrong]}, np.array([NOW]))
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        ({"tags": ["red"]}, r"^context.tags: 'red' is text, expected a list of text$"),
+        ({"tags": [7]}, r"^context.tags: 7 is a number, expected a list of text$"),
+        ({"tags": [{"red": 1}]}, r"is an object, expected a list of text"),
+        ({"tags": [["red", None, 7]]}, r"^context.tags\[2\]: 7 is a number, expected text$"),
+        ({"tags": [[["red"]]]}, r"^context.tags\[0\]: \['red'\] is a list, expected text$"),
+        ({"tags": [[True]]}, r"is a truth value, expected text"),
+        ({"query": [["red"]]}, r"^context.query: \['red'\] is a list, expected text$"),
+        ({"tag": [["red"]]}, r"context.tag: no such feature; known: device, speed, tags, query"),
+    ],
+)
+def test_a_wrong_list_names_itself(context: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        listed(context)
+
+
+@pytest.mark.parametrize("column", [pa.array(["red"]), pa.array([7]), pa.array([[1.5]])])
+def test_a_logged_column_that_is_no_list_of_text_names_itself(column: pa.Array) -> None:
+    with pytest.raises(InputError, match=r"features.tags: column 'tags' is .*a multi one is made"):
+        Features.fit({"tags": LISTS["tags"]}, ITEMS, USERS, {"tags": column})
+    with pytest.raises(InputError, match=r"features.tags: column 'tags' is "):
+        listed({"tags": column if column.type == pa.string() else pa.array([[1.5]])})
+
+
 words = st.none() | st.sampled_from(["phone", "desktop", "", "tv"]) | st.text()
 floats = st.none() | st.floats(allow_nan=False, allow_infinity=False, width=32)
 
@@ -320,6 +408,31 @@ def test_training_and_serving_encode_alike(rows: list[tuple], hashed: bool) -> N
     for kinds in (arrow, arrow | {"device": pa.chunked_array(coded)}):
         for name, values in asked(kinds, columns, len(rows)).items():
             np.testing.assert_array_equal(values, plain[name])
+
+
+lists = st.none() | st.lists(st.sampled_from(["sale", "red"]) | words, max_size=5)
+sentences = words | st.lists(st.sampled_from(["Red", "boots", "İs"])).map(", ".join)
+
+
+@given(st.lists(st.tuples(words, lists, sentences), min_size=1), st.booleans())
+def test_training_and_serving_encode_lists_alike(rows: list[tuple], hashed: bool) -> None:
+    more = {"hash": 7} if hashed else {}
+    columns = LISTS | {name: LISTS[name] | more for name in ("tags", "query")}
+    devices, tags, queries = map(list, zip(*rows, strict=True))
+    plain = {"device": devices, "tags": tags, "query": queries}
+    batch = asked(plain, columns, len(rows))["request_codes"]
+    for wrap in (pa.list_, pa.large_list):
+        arrow = {
+            name: pa.array(values, pa.string()) for name, values in plain.items() if name != "tags"
+        }
+        arrow["tags"] = pa.array([["before"], *tags], wrap(pa.string()))[1:]
+        cut = {name: pa.chunked_array([array[:1], array[1:]]) for name, array in arrow.items()}
+        for logged in (arrow, cut):
+            found = asked(logged, columns, len(rows))["request_codes"]
+            np.testing.assert_array_equal(found, batch)
+    for place in range(len(rows)):
+        alone = asked({name: [values[place]] for name, values in plain.items()}, columns)
+        np.testing.assert_array_equal(alone["request_codes"][0], batch[place])
 
 
 PATH = {
@@ -449,7 +562,7 @@ def test_gather_leaves_out_what_is_not_there() -> None:
 
 
 def test_everything_goes_through_json() -> None:
-    columns = PATH | REQUEST | {"title": item("text", hash=50), "vector": item("vector")}
+    columns = PATH | LISTS | {"title": item("text", hash=50), "vector": item("vector")}
     columns |= {"item_id": item("categorical")}
     features = fit(**columns)
     again = Features.of_json(json.loads(json.dumps(features.as_json(), allow_nan=False)))
@@ -459,6 +572,11 @@ def test_everything_goes_through_json() -> None:
     for name in ("codes", "numbers", "vectors", "raw"):
         first, second = (getattr(f.items(ITEMS, {}), name) for f in (features, again))
         np.testing.assert_array_equal(first, second)
+    nobody = np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32)
+    context = {"tags": [["red", "new"]], "query": ["boots"], "speed": [2]}
+    first, second = (f.requests(*nobody, context, np.array([NOW])) for f in (features, again))
+    for name, values in first.items():
+        np.testing.assert_array_equal(values, second[name])
     with pytest.raises(InputError, match=r"features.json is of version 9, expected 1"):
         Features.of_json(features.as_json() | {"version": 9})
 

@@ -37,6 +37,8 @@ WRITTEN = {
     "part": pa.int8(),
 }
 """The columns that `impressions.parquet` begins with; labels and context follow."""
+TAKEN = (*WRITTEN, "first", "rank", "index", "count", "train_count")
+"""Names that no column of the context can have."""
 
 
 class Shown(NamedTuple):
@@ -99,7 +101,7 @@ def _context_kinds(
                 f"data.request_features.{name}: no such column of the impressions; found "
                 f"{', '.join(schema) or 'none'}{suggestion(name, schema)}"
             )
-    if reserved := [name for name in schema if name in (*WRITTEN, "first", "rank", "index")]:
+    if reserved := [name for name in schema if name in TAKEN]:
         raise InputError(
             f"impressions: column {reserved[0]!r} is a name of recsys's own; rename it"
         )
@@ -114,7 +116,8 @@ class _Impressions(Log):
         """Return all columns checked, absent keys as nulls."""
         for name, kind in kinds.items():
             self._check_context(name, kind)
-        return typed(self.table, kinds).select(
+        table = self._typed(kinds)
+        return table.select(
             **{name: self._id(name) for name in ("user_id", "item_id", "request_id")},
             timestamp=self._moments(),
             position=self._position(),
@@ -122,8 +125,13 @@ class _Impressions(Log):
             part=self._part(),
             row=self.table.row.cast("int64"),
             **{name: self._label(name) for name in labels},
-            **{name: typed(self.table, kinds)[name] for name in kinds},
+            **{name: table[name] for name in kinds},
         )
+
+    def _typed(self, kinds: Mapping[str, str]) -> ir.Table:
+        """Cast context to the types of its kinds; truth values stay, as requests hold them."""
+        truths = [n for n in kinds if kinds[n] == "numeric" and self.table[n].type().is_boolean()]
+        return typed(self.table, {n: kind for n, kind in kinds.items() if n not in truths})
 
     def _id(self, column: str) -> ir.Value:
         if column not in self.table.columns:
@@ -236,12 +244,12 @@ def _with_requests(shown: Shown, keep: Callable[[str, ibis.Table], ibis.Table]) 
         return table.mutate(first=table.row)
     requests = keep("requests", _requests(shown))
     _refuse_mixed(requests, shown)
-    whole = requests.select("request_id", asked="timestamp", start="first")
+    whole = requests.select("request_id", recsys_time="timestamp", recsys_first="first")
     marked = table.left_join(whole, "request_id")
     return marked.select(
         *[name for name in table.columns if name != "timestamp"],
-        timestamp=ibis.coalesce(marked.asked, marked.timestamp),
-        first=ibis.coalesce(marked.start, marked.row),
+        timestamp=ibis.coalesce(marked.recsys_time, marked.timestamp),
+        first=ibis.coalesce(marked.recsys_first, marked.row),
     )
 
 

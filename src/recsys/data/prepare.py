@@ -260,7 +260,7 @@ def _make(
         impressions=impressions,
         prepare=facts,
         source_rows=count(coded.events) + sum(tables.dropped.values()),
-        dropped={**tables.dropped, **kept.dropped},
+        dropped={**tables.dropped, **kept.dropped, **tables.dropped_requests},
         seconds=round(time.monotonic() - began, 3),
     )
 

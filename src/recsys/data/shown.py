@@ -6,7 +6,7 @@ Shapes: Q requests, R shown items, B requests of a batch, C candidates of each, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,16 @@ from recsys.data.batches import Batches
 from recsys.data.dataset import Dataset
 from recsys.data.examples import Examples
 from recsys.data.rates import rates_as_of, snapshot
-from recsys.features import Features, Field, ItemTable, Rate, gather
+from recsys.features import Features, ItemTable, Rate, gather
 from recsys.history import Arrays, Histories, encode
+from recsys.schema import InputError, suggestion
 
 FEATURES = "features.json"
 CHUNK = 1024
 """Requests encoded at a time."""
-MOMENTS = ("hour", "weekday")
-"""Columns of a request that are always known."""
-MISSING = 0
 Ints = NDArray[np.int64]
-Score = Callable[[Ints, Histories, Ints, Ints], NDArray[np.float32]]
-"""Users, their paths, moments, and items [B, C] → the retriever's scores [B, C]."""
+Query = Callable[[Ints, Histories, Ints], NDArray[np.float32]]
+"""Users, their paths and moments → a retriever's queries [B, H, D]."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,34 @@ class Tables:
 
 
 @dataclass(frozen=True)
+class Retrieval:
+    """What a retriever makes of a training's requests and of the items.
+
+    queries: float32 [Q, H, D]; vectors: float32 [N + 1, D].
+    """
+
+    queries: NDArray[np.float32]
+    vectors: NDArray[np.float32]
+
+
+def retrieved(
+    queries_BHD: NDArray[np.float32], vectors_BCD: NDArray[np.float32], lengths_B: Ints
+) -> Arrays:
+    """Return what a ranker reads of a retriever: `queries`, `candidate_vectors`, and their product.
+
+    `retrieval_scores` is that of the nearest interest. Where there is no history queries are 0 and
+    scores NaN.
+    """
+    known_B1 = lengths_B[:, None] > 0
+    scores_BC = np.einsum("bhd,bcd->bhc", queries_BHD, vectors_BCD).max(axis=1)
+    return {
+        "queries": np.where(known_B1[..., None], queries_BHD, np.float32(0)),
+        "candidate_vectors": vectors_BCD,
+        "retrieval_scores": np.where(known_B1, scores_BC, np.float32(np.nan)),
+    }
+
+
+@dataclass(frozen=True)
 class Shown:
     """All requests of a training with what was shown at each, encoded once.
 
@@ -91,7 +117,12 @@ class Shown:
     request: Mapping[str, NDArray[Any]]
     cross: NDArray[np.float32]
     rates: NDArray[np.float32]
-    retrieval: NDArray[np.float32] | None = None
+    retrieval: Retrieval | None = None
+
+    @property
+    def retrieval_width(self) -> int:
+        """How wide the retriever's vectors are, 0 without one."""
+        return 0 if self.retrieval is None else self.retrieval.vectors.shape[1]
 
     def requests(self, part: str) -> NDArray[np.int64]:
         """Return the requests of a part."""
@@ -102,17 +133,14 @@ class Shown:
         requests, offsets = self.requests(part), self.examples.offsets
         return np.repeat(self.examples.users[requests], np.diff(offsets)[requests])
 
-    def with_retrieval(self, score: Score) -> Shown:
-        """Return the same with a retriever's score of every shown item."""
+    def with_retrieval(self, query: Query, vectors_ND: NDArray[np.float32]) -> Shown:
+        """Return the same with a retriever's query of every request, and its item vectors."""
         examples = self.examples
-        found = np.zeros(len(examples.items), np.float32)
-        for requests in chunks(len(examples.users)):
-            rows_BC = grid(examples.offsets, requests)
-            real_BC = rows_BC >= 0
-            items_BC = np.where(real_BC, examples.items[rows_BC], 0)
-            asked = (examples.users[requests], self.histories(requests), examples.times[requests])
-            found[rows_BC[real_BC]] = score(*asked, items_BC)[real_BC]
-        return replace(self, retrieval=found)
+        found = [
+            query(examples.users[some], self.histories(some), examples.times[some])
+            for some in chunks(len(examples.users))
+        ]
+        return replace(self, retrieval=Retrieval(np.concatenate(found), vectors_ND))
 
     def histories(self, requests: Ints) -> Histories:
         """Return the path before each request: the newest `length` events."""
@@ -141,7 +169,8 @@ class Shown:
         if self.cross.shape[1]:
             found["cross_numbers"] = self.cross[rows_BC]
         if self.retrieval is not None:
-            found["retrieval_scores"] = self.retrieval[rows_BC]
+            queries_BHD, vectors_ND = self.retrieval.queries[requests], self.retrieval.vectors
+            found |= retrieved(queries_BHD, vectors_ND[items_BC], found["lengths"])
         labels_BCT = np.where(real_BC[..., None], examples.labels[rows_BC], np.nan)
         return found | {"labels": labels_BCT.astype(np.float32)}
 
@@ -153,16 +182,21 @@ def asked(
     histories: Histories,
     now: Ints,
     items_BC: Ints,
-    retrieval_BC: NDArray[np.float32],
+    queries_BHD: NDArray[np.float32],
+    vectors_ND: NDArray[np.float32],
 ) -> Arrays:
     """Return everything that a ranker may read of people who ask now, without any context."""
-    kept, features = histories.last(length), tables.features
-    found = encode(kept, length, now)
-    user_codes, user_numbers = tables.user_codes[users + 1], tables.user_numbers[users + 1]
-    found |= features.requests(user_codes, user_numbers, {}, now)
+    kept = histories.last(length)
+    found = encode(kept, length, now) | bare_requests(tables, users, now)
     found |= gather(tables.items, items_BC, found["items"])
-    found |= features.crossed(kept, now, items_BC, tables.items)
-    return found | {"retrieval_scores": retrieval_BC}
+    found |= tables.features.crossed(kept, now, items_BC, tables.items)
+    return found | retrieved(queries_BHD, vectors_ND[items_BC], found["lengths"])
+
+
+def bare_requests(tables: Tables, users: Ints, now: Ints) -> Arrays:
+    """Return what is known of requests that say nothing of themselves: who asks, and when."""
+    known = tables.user_codes[users + 1], tables.user_numbers[users + 1]
+    return tables.features.requests(*known, {}, now)
 
 
 def grid(offsets: NDArray[np.int64], requests: Ints) -> NDArray[np.int64]:
@@ -179,10 +213,24 @@ def grid(offsets: NDArray[np.int64], requests: Ints) -> NDArray[np.int64]:
 def fitted(
     dataset: Dataset, examples: Examples, columns: Mapping[str, Mapping[str, Any]]
 ) -> Features:
-    """Learn declared columns from the item and user tables and the training part's context."""
+    """Learn declared columns from the item and user tables and the training part's context.
+
+    Raises InputError where one does not fit the tables, or is a rate of a task that is not there.
+    """
     training = examples.parts["train"]
     context = {name: column[training] for name, column in examples.context.items()}
-    return Features.fit(columns, dataset.items, dataset.users, context)
+    features = Features.fit(columns, dataset.items, dataset.users, context)
+    for rate in features.rates:
+        _check_rate(rate, examples.tasks)
+    return features
+
+
+def _check_rate(rate: Rate, tasks: Sequence[str]) -> None:
+    if rate.task not in tasks:
+        raise InputError(
+            f"features.{rate.name} is a rate of {rate.task!r}, and these examples have "
+            f"{', '.join(tasks)}{suggestion(rate.task, tasks)}; leave it out: ~features.{rate.name}"
+        )
 
 
 def shown(dataset: Dataset, examples: Examples, features: Features, length: int) -> Shown:
@@ -284,23 +332,17 @@ class ShownBatches(Batches):
 
     def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
         """Return the model's inputs and `labels`."""
-        arrays = self.shown.arrays(self.training[rows])
-        self._hide(arrays, rng.random(len(rows)) < self.hidden)
+        requests = self.training[rows]
+        arrays = self.shown.arrays(requests)
+        self._hide(arrays, rng.random(len(rows)) < self.hidden, requests)
         return {name: as_model(arrays[name]) for name in (*self.inputs, "labels")}
 
-    def _hide(self, arrays: Arrays, chosen_B: NDArray[np.bool_]) -> None:
-        """Make a request's own context missing."""
-        features = self.shown.tables.features
-        given = [c.name for c in features.columns if c.of == "request" and c.kind not in MOMENTS]
-        codes = _places(features.layout.request_codes, given)
-        arrays["request_codes"][np.ix_(chosen_B, codes)] = MISSING
-        numbers = np.array([n in given for n in features.layout.request_numbers], bool)
-        arrays["request_numbers"][np.ix_(chosen_B, numbers)] = np.nan
-
-
-def _places(fields: tuple[Field, ...], names: list[str]) -> NDArray[np.bool_]:
-    """Return which places of a codes array belong to some fields."""
-    return np.repeat([f.name in names for f in fields], [f.width for f in fields]).astype(bool)
+    def _hide(self, arrays: Arrays, chosen_B: NDArray[np.bool_], requests: Ints) -> None:
+        """Make a request's own context missing, as a server reads one that gives none."""
+        hidden, examples = requests[chosen_B], self.shown.examples
+        bare = bare_requests(self.shown.tables, examples.users[hidden], examples.times[hidden])
+        for name, values in bare.items():
+            arrays[name][chosen_B] = values
 
 
 def as_model(array: NDArray[Any]) -> NDArray[Any]:

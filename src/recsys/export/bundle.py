@@ -29,7 +29,7 @@ from recsys.schema import EVENT_TYPES, InputError
 
 if TYPE_CHECKING:
     from recsys.export.ranker import BundledRanker
-    from recsys.training.ranking import LoadedRanker
+    from recsys.training.ranker_runs import LoadedRanker
 
 TUNING_USERS = 1000
 SELF_TESTS = 5
@@ -48,7 +48,7 @@ def export(
     The bundle is named after the run and its own content, so exporting twice makes it once.
     Raises InputError where the run is damaged or its vectors are not finite.
     """
-    from recsys.training.ranking import load_ranker
+    from recsys.training.ranker_runs import load_ranker
     from recsys.training.runs import is_ranker
 
     settings = IndexSettings.of(index)
@@ -254,9 +254,10 @@ def _self_tests(
     tests = []
     for row in rows:
         found = index.search(queries_QHD[[row]], min(width, dataset.num_items))
-        best = found.indices_BK[0]
+        best = found.indices_BK[0][found.indices_BK[0] > 0]
         if second is not None:
-            best = second.ordered(int(users[row]), _one(histories, row), found)
+            asks = int(users[row]), _one(histories, row), best, queries_QHD[row], vectors_ND
+            best = second.ordered(*asks)
         items = _item_ids(dataset, best[:SELF_TEST_K])
         tests.append(_described(dataset, histories, row, int(users[row])) | {"top": items})
     return tests

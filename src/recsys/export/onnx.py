@@ -40,10 +40,13 @@ BY_CANDIDATE = (
     "item_vectors",
     "cross_numbers",
     "retrieval_scores",
+    "candidate_vectors",
 )
-"""Inputs of shape [batch, candidates, …]; all others are [batch, …]."""
+"""Inputs of shape [batch, candidates, …]."""
+BY_INTEREST = ("queries",)
+"""Inputs of shape [batch, interests, …]; all others are [batch, …]."""
 PROBABILITIES = "probabilities"
-MAX_CANDIDATES = 1 << 16
+MAX_CANDIDATES, MAX_INTERESTS = 1 << 16, 64
 
 
 class ExportError(RuntimeError):
@@ -109,6 +112,8 @@ def random_shown(
         "item_vectors": rng.normal(size=(*many, layout.vector_width)).astype(np.float32),
         "cross_numbers": _numbers(rng, (*many, len(layout.cross_numbers))),
         "retrieval_scores": _numbers(rng, many),
+        "queries": rng.normal(size=(*some, 2, model.retriever)).astype(np.float32),
+        "candidate_vectors": rng.normal(size=(*many, model.retriever)).astype(np.float32),
         "path_codes": _codes(rng, layout.item_codes, path),
         "types": rng.integers(1, len(EVENT_TYPES) + 1, path),
         "gaps": rng.integers(0, GAP_BUCKETS, path),
@@ -235,14 +240,16 @@ class _Variadic(nn.Module):
 
 def _free(name: str) -> int:
     """Return how many sizes of an input are free."""
-    return 2 if name in (*BY_LENGTH, *BY_CANDIDATE) else 1
+    return 2 if name in (*BY_LENGTH, *BY_CANDIDATE, *BY_INTEREST) else 1
 
 
 def _dynamic_shapes(inputs: Sequence[str], max_length: int) -> Any:
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     length = torch.export.Dim("length", min=1, max=max_length)
     candidates = torch.export.Dim("candidates", min=1, max=MAX_CANDIDATES)
+    interests = torch.export.Dim("interests", min=1, max=MAX_INTERESTS)
     second = dict.fromkeys(BY_LENGTH, length) | dict.fromkeys(BY_CANDIDATE, candidates)
+    second |= dict.fromkeys(BY_INTEREST, interests)
     shapes = [{0: batch, 1: second[n]} if n in second else {0: batch} for n in inputs]
     return (tuple(shapes),)  # one variadic argument is a tuple to the exporter
 

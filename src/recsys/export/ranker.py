@@ -16,8 +16,7 @@ from recsys.export.onnx import export_ranker
 from recsys.export.runtime import open_session, request_times
 from recsys.history import Histories
 from recsys.index.bundle import FEATURES, RANKER
-from recsys.index.search import Found
-from recsys.training.ranking import LoadedRanker
+from recsys.training.ranker_runs import LoadedRanker
 
 
 class BundledRanker:
@@ -51,13 +50,18 @@ class BundledRanker:
             "metrics": ranker.manifest["metrics"],
         }
 
-    def ordered(self, user: int, history: Histories, found: Found) -> NDArray[np.int64]:
-        """Return what a search found for a user's history, in the ranker's order: int64 [K]."""
-        items_C = found.indices_BK[0][found.indices_BK[0] > 0].astype(np.int64)
-        retrieval_C = found.scores_BK[0][: len(items_C)].astype(np.float32)
-        asks = np.array([user]), history, request_times(history), items_C[None], retrieval_C[None]
-        model = self.ranker.model
-        arrays = asked(self.ranker.tables, model.max_length, *asks)
+    def ordered(
+        self,
+        user: int,
+        history: Histories,
+        items_C: NDArray[np.int64],
+        query_HD: NDArray[np.float32],
+        vectors_ND: NDArray[np.float32],
+    ) -> NDArray[np.int64]:
+        """Return what was found for a user's history in the ranker's order; row 0 is item 1's."""
+        asks = np.array([user]), history, request_times(history), items_C[None], query_HD[None]
+        model, padded_ND = self.ranker.model, np.pad(vectors_ND, ((1, 0), (0, 0)))
+        arrays = asked(self.ranker.tables, model.max_length, *asks, padded_ND)
         given = {name: as_model(arrays[name]) for name in model.inputs}
         probability_CT = np.asarray(self.session.run(None, given)[0][0])
         return items_C[np.argsort(-(probability_CT @ self.weight_T), kind="stable")]

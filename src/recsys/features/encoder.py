@@ -5,7 +5,7 @@ Shapes: B requests, C candidates, N items, U users, R rows of a table, W codes, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -54,7 +54,7 @@ class Features:
     @classmethod
     def fit(
         cls,
-        columns: Mapping[str, Mapping[str, Any]],
+        columns: Mapping[str, Mapping[str, Any] | None],
         items: pa.Table,
         users: pa.Table,
         context: Mapping[str, pa.Array],
@@ -147,10 +147,13 @@ class Features:
         self._check_names(context)
         batch, clock = len(now_B), request_context(now_B, now_B)
         assert all(len(values) == batch for values in context.values()), "one value a request"
-        codes = [self._request_codes(c, context, clock) for c in self._coded("request")]
+        coded = [self._request_codes(c, context, clock) for c in self._coded("request")]
+        codes = [code_B for places in coded for code_B in places]
         numbers = [self._request_numbers(c, context, batch) for c in self._of("request", "numeric")]
         return {
-            "request_codes": np.concatenate([user_codes_BW, *codes], axis=1, dtype=np.int64),
+            "request_codes": np.concatenate(
+                [user_codes_BW, _columns(codes, batch, np.int64)], axis=1, dtype=np.int64
+            ),
             "request_numbers": np.concatenate(
                 [user_numbers_BG, _columns(numbers, batch, np.float32)], axis=1, dtype=np.float32
             ),
@@ -261,17 +264,16 @@ class Features:
         owners, texts = learnt.as_value_lists(column, array)
         return _side_by_side(owners, vocabulary.codes(texts), (len(array), column.width))
 
-    def _plain_codes(self, column: Column, values: Sequence[Any]) -> NDArray[np.int32]:
-        """Return the codes of values as they come in requests: [B, width]."""
+    def _plain_codes(self, column: Column, values: Sequence[Any]) -> Iterable[Any]:
+        """Return the codes of values as they come in requests, place by place: [B] each."""
         vocabulary, kind = self._vocabulary(column), self.facts[column.name]["wire"]
         if column.kind == "categorical":
-            texts = context_texts(column.source, values, kind)
-            return np.array([vocabulary.code(text) for text in texts], np.int32)[:, None]
+            return [[vocabulary.code(text) for text in context_texts(column.source, values, kind)]]
         lists = _plain_lists(column, values, kind)
         codes = np.array([vocabulary.code(text) for texts in lists for text in texts], np.int32)
         lengths = np.array([len(texts) for texts in lists], np.int64)
         owners = np.repeat(np.arange(len(lists)), lengths)
-        return _side_by_side(owners, codes, (len(lists), column.width))
+        return _side_by_side(owners, codes, (len(lists), column.width)).T
 
     def _values(self, column: Column, table: pa.Table) -> NDArray[np.float64]:
         """Return a numeric column, missing ones filled by its default, after a missing row."""
@@ -296,15 +298,15 @@ class Features:
 
     def _request_codes(
         self, column: Column, context: Mapping[str, Any], clock: Arrays
-    ) -> NDArray[np.integer]:
-        """Return a column's places in `request_codes`: [B, width]."""
+    ) -> Iterable[Any]:
+        """Return a column's codes place by place, as many as it is wide: [B] each."""
         if column.kind in CLOCK:
-            return clock[f"request_{column.kind}"][:, None] + FIRST
+            return [clock[f"request_{column.kind}"] + FIRST]
         values, batch = context.get(column.source), len(clock["request_hour"])
         if values is None:
-            return np.full((batch, column.width), self._vocabulary(column).code(None))
+            return np.full((column.width, batch), self._vocabulary(column).code(None))
         if isinstance(values, ARROW):
-            return self._array_codes(column, learnt.read_column(column, context, "requests"))
+            return self._array_codes(column, learnt.read_column(column, context, "requests")).T
         return self._plain_codes(column, values)
 
     def _request_numbers(

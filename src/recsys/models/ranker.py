@@ -27,9 +27,10 @@ class Ranker(nn.Module):
     """Answers one logit a task for every candidate of a request (`dwell`: log1p of seconds).
 
     `crossing`, `path` and `heads` make its parts (see `recsys.models.crossing`, `target` and
-    `heads`); `path` null reads no history. `retriever` adds the retriever's score as a number;
-    `event_types` and `gaps` are what else is read of the path. `inputs` are the arrays that
-    `layout` has, and those of the path.
+    `heads`); `path` null reads no history. `retriever`, the width of a retriever's vectors,
+    adds its score as a number, and what its query and item vectors say; `event_types` and `gaps`
+    are what else is read of the path. `inputs` are the arrays that `layout` has, and those of the
+    path and the retriever.
     """
 
     layout = "shown"
@@ -39,7 +40,7 @@ class Ranker(nn.Module):
         layout: Layout,
         tasks: Sequence[str],
         max_length: int = 50,
-        retriever: bool = False,
+        retriever: int = 0,
         dim: int = 16,
         number_dim: int = 8,
         dropout: float = 0.1,
@@ -57,6 +58,9 @@ class Ranker(nn.Module):
             {name: Numbers(count, number_dim) for name, count in _counts(layout, retriever).items()}
         )
         self.vectors = nn.Linear(layout.vector_width, dim) if layout.vector_width else None
+        self.retriever = retriever
+        self.query = _read_by(retriever, dim) if retriever else None
+        self.found = nn.Linear(retriever, dim) if retriever else None
         self.anyone = nn.Parameter(torch.zeros(1, dim))
         fields = len(layout.item_codes)
         self.path = path and path(fields, dim, max_length, dropout, event_types, gaps)
@@ -78,6 +82,8 @@ class Ranker(nn.Module):
             parts.append(self.codes("request_codes", batch["request_codes"]))
         if "request_numbers" in batch:
             parts.append(self.numbers["request_numbers"](batch["request_numbers"]))
+        if self.query is not None:
+            parts.append(self.query(batch["queries"].mean(1)))
         if not parts:
             parts.append(self.anyone.expand(next(iter(batch.values())).shape[0], -1))
         return torch.cat(parts, dim=-1)
@@ -89,14 +95,21 @@ class Ranker(nn.Module):
             parts.append(self.codes("item_codes", batch["item_codes"]))
         if self.path is not None:
             parts.append(self.path(parts[0], self._items_of_path(batch["path_codes"]), batch))
-        numbers = [batch[name] for name in ("item_numbers", "cross_numbers") if name in batch]
-        if "retrieval_scores" in batch:
-            numbers.append(_squashed(batch["retrieval_scores"])[..., None])
-        if numbers:
-            parts.append(self.numbers["candidate_numbers"](torch.cat(numbers, dim=-1)))
+        if "candidate_numbers" in self.numbers:
+            parts.append(self.numbers["candidate_numbers"](_candidate_numbers(batch)))
         if self.vectors is not None:
             parts.append(self.vectors(batch["item_vectors"]))
+        if self.found is not None:
+            parts.append(self.found(batch["candidate_vectors"]))
         return torch.cat(parts, dim=-1)
+
+    def standardise(self, batch: Mapping[str, Tensor]) -> None:
+        """Take the scale of every number from some training requests."""
+        if "request_numbers" in self.numbers:
+            cast(Numbers, self.numbers["request_numbers"]).fit(batch["request_numbers"])
+        if "candidate_numbers" in self.numbers:
+            real_BC = ~batch["labels"].isnan().all(-1)
+            cast(Numbers, self.numbers["candidate_numbers"]).fit(_candidate_numbers(batch)[real_BC])
 
     def _items_of_path(self, codes_BLW: Tensor) -> PathItems:
         if not self.training:
@@ -108,8 +121,9 @@ class Ranker(nn.Module):
     def _widths(self, layout: Layout, dim: int) -> tuple[int, int]:
         """Return the widths of request_BR and of candidate_BCK."""
         numbers = {name: cast(Numbers, part).bias.numel() for name, part in self.numbers.items()}
-        request = len(layout.request_codes) * dim + numbers.get("request_numbers", 0)
-        codes = (len(layout.item_codes) + (self.vectors is not None)) * dim
+        read_by = self.query is not None
+        request = (len(layout.request_codes) + read_by) * dim + numbers.get("request_numbers", 0)
+        codes = (len(layout.item_codes) + (self.vectors is not None) + read_by) * dim
         read = 0 if self.path is None else self.path.width
         return request or dim, codes + numbers.get("candidate_numbers", 0) + read
 
@@ -194,16 +208,28 @@ class Numbers(nn.Module):
     torch.Size([1, 8])
     """
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, count: int, dim: int) -> None:
         super().__init__()
+        self.register_buffer("mean", torch.zeros(count))
+        self.register_buffer("scale", torch.ones(count))
         self.weight, self.missing = (nn.Parameter(torch.randn(count, dim) * 0.1) for _ in range(2))
         self.bias = nn.Parameter(torch.randn(count * dim) * 0.1)
         self.register_buffer("own", torch.eye(count)[..., None], persistent=False)
 
+    def fit(self, number_RG: Tensor) -> None:
+        """Standardise each number from now on as in some rows, where it is known and varies."""
+        for place, number_R in enumerate(number_RG.unbind(-1)):
+            known_R = number_R[~number_R.isnan()].double()
+            if len(known_R) and known_R.std(correction=0) > 0:
+                self.mean[place], self.scale[place] = known_R.mean(), known_R.std(correction=0)
+
     def forward(self, number_G: Tensor) -> Tensor:
         """Return [..., G * D] of numbers [..., G], NaN where missing."""
         missing_G = number_G.isnan()
-        known_G = torch.where(missing_G, 0.0, number_G)
+        known_G = torch.where(missing_G, 0.0, (number_G - self.mean) / self.scale)
         blocks = [
             (self.get_buffer("own") * part).flatten(1) for part in (self.weight, self.missing)
         ]
@@ -218,6 +244,7 @@ class Calibrated(nn.Module):
         super().__init__()
         self.ranker = ranker
         self.inputs, self.tasks, self.max_length = ranker.inputs, ranker.tasks, ranker.max_length
+        self.retriever = ranker.retriever
         # Looked at here: a graph has no branches, and most calibrations no lines.
         self.lines = ranker.calibration.has_lines
 
@@ -226,15 +253,15 @@ class Calibrated(nn.Module):
         return cast(Tensor, self.ranker.calibration(self.ranker(*arrays), self.lines))
 
 
-def _counts(layout: Layout, retriever: bool) -> dict[str, int]:
+def _counts(layout: Layout, retriever: int) -> dict[str, int]:
     """Return how many numbers each side has, where it has some."""
-    candidate = len(layout.item_numbers) + len(layout.cross_numbers) + retriever
+    candidate = len(layout.item_numbers) + len(layout.cross_numbers) + (retriever > 0)
     counts = {"request_numbers": len(layout.request_numbers), "candidate_numbers": candidate}
     return {name: count for name, count in counts.items() if count}
 
 
 def _inputs(
-    layout: Layout, retriever: bool, path: bool, event_types: bool, gaps: bool
+    layout: Layout, retriever: int, path: bool, event_types: bool, gaps: bool
 ) -> tuple[str, ...]:
     if path and not layout.item_codes:
         raise InputError(
@@ -248,7 +275,7 @@ def _inputs(
         "item_numbers": bool(layout.item_numbers),
         "item_vectors": layout.vector_width > 0,
         "cross_numbers": bool(layout.cross_numbers),
-        "retrieval_scores": retriever,
+        **dict.fromkeys(("retrieval_scores", "queries", "candidate_vectors"), retriever > 0),
         "path_codes": path,
         "types": path and event_types,
         "gaps": path and gaps,
@@ -280,6 +307,14 @@ def _mean(flat: Tensor, there_W: Tensor) -> Tensor:
     return flat @ adding.repeat(width, 1) / count_1
 
 
-def _squashed(score: Tensor) -> Tensor:
-    """Return an inner product of unknown scale on that of its logarithm, with its sign."""
-    return score.sign() * score.abs().log1p()
+def _candidate_numbers(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the numbers of candidates side by side, the retriever's score last: [B, C, G]."""
+    numbers = [batch[name] for name in ("item_numbers", "cross_numbers") if name in batch]
+    if "retrieval_scores" in batch:
+        numbers.append(batch["retrieval_scores"][..., None])
+    return torch.cat(numbers, dim=-1)
+
+
+def _read_by(width: int, dim: int) -> nn.Module:
+    """Return what reads a retriever's query: its score alone does not say how sure it is."""
+    return nn.Sequential(nn.Linear(width, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))

@@ -40,7 +40,7 @@ Context = Annotated[
     Meta(
         max_length=100,
         description="What the bundle's ranker reads of the request itself, by name: a text, a "
-        "number or a truth value; what is left out, or null, counts as missing",
+        "number, a truth value or a list of texts; what is left out, or null, counts as missing",
     ),
 ]
 

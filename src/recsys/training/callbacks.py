@@ -91,6 +91,11 @@ class Validation(Callback):
         named = {k.removeprefix("validation/"): v for k, v in best.items() if "validation/" in k}
         return named | {"epoch": best["epoch"]}
 
+    @property
+    def reached(self) -> float:
+        """The best epoch's figure that training maximises."""
+        return self.best()[self.shown[0]]
+
     def state_dict(self) -> dict[str, Any]:
         """Return the epochs' figures."""
         return {"history": self.history}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from rich import box
@@ -22,7 +23,7 @@ from recsys.data.shown import Shown, Tables, as_model, asked, chunks, grid
 from recsys.evaluation.calibration import Calibration, calibrated
 from recsys.evaluation.importance import Drop, Place, importance
 from recsys.evaluation.plots import learning_curves
-from recsys.evaluation.protocol import Evaluation
+from recsys.evaluation.protocol import Evaluation, history_buckets, popularity_buckets
 from recsys.evaluation.report import report_table, slices_table
 from recsys.evaluation.scorers import EvaluationBatch
 from recsys.evaluation.significance import compare_evaluations
@@ -30,8 +31,9 @@ from recsys.evaluation.task_plots import importance_plot, reliability_plot
 from recsys.features import Layout
 from recsys.models.ranker import Calibrated, Ranker
 from recsys.schema import DWELL
-from recsys.task_metrics import task_metrics
+from recsys.task_metrics import slice_metrics, task_metrics
 from recsys.training.callbacks import Validation
+from recsys.training.first_stage import Retrieval
 from recsys.training.shop_test import Worth
 from recsys.training.tasks import measured, predict, probabilities
 
@@ -42,6 +44,9 @@ PANELS = {
     "log loss": ("validation/log_loss",),
     "positions/s": ("train/positions_per_second",),
 }
+Slices = dict[str, dict[str, dict[str, float]]]
+FEW = 20
+"""Context columns of at most so many values make slices."""
 IMPORTANCE = 500
 """Test requests, the newest, that a column's importance is measured on."""
 
@@ -50,7 +55,8 @@ IMPORTANCE = 500
 class TaskTested:
     """A ranker's figures: `metrics` by part (`test`, `uncalibrated`, `validation`, and where it is
     known `best achievable`); `stages`: full ranking by retrieval alone and by both stages;
-    `worth`: what both are worth to a shop that knows its people.
+    `worth`: what both are worth to a shop that knows its people; `slices`: the tasks' figures by
+    group and bucket, with its `rows`.
     """
 
     tasks: Sequence[str]
@@ -58,6 +64,12 @@ class TaskTested:
     files: list[Path]
     stages: dict[str, Evaluation] = field(default_factory=dict)
     worth: Worth | None = None
+    slices: Slices = field(default_factory=dict)
+
+    @property
+    def servable(self) -> bool:
+        """Whether a bundle can be made of the run: only with a retriever."""
+        return bool(self.stages)
 
     @property
     def logged(self) -> dict[str, float]:
@@ -75,6 +87,8 @@ class TaskTested:
     def show(self, console: Console, slices: bool = False) -> None:
         """Print the table of tasks, and that of both stages with its interval."""
         console.print(self._table())
+        if slices:
+            console.print(self._slices_table())
         if not self.stages:
             return
         console.print(report_table(self.stages))
@@ -101,6 +115,18 @@ class TaskTested:
             table.add_row(task, *("-" if c is None else f"{c:.4f}" for c in cells))
         return table
 
+    def _slices_table(self) -> Table:
+        table = Table(title="auc by slice · test", box=box.SIMPLE_HEAD)
+        for column in ("", "rows", *self.tasks):
+            table.add_column(column, justify="right" if column else "left")
+        for group, buckets in self.slices.items():
+            for bucket, found in buckets.items():
+                cells = (found.get(f"{task}/auc", np.nan) for task in self.tasks)
+                shown = ("-" if np.isnan(cell) else f"{cell:.4f}" for cell in cells)
+                table.add_row(f"{group} {bucket}", f"{int(found['rows']):,}", *shown)
+            table.add_section()
+        return table
+
     @property
     def _test(self) -> dict[str, float]:
         return self.metrics["test"]
@@ -117,23 +143,27 @@ class Reranker:
     """
 
     def __init__(
-        self, model: Calibrated, tables: Tables, length: int, blend: Mapping[str, float]
+        self,
+        model: Calibrated,
+        tables: Tables,
+        retrieval: Retrieval,
+        blend: Mapping[str, float],
     ) -> None:
-        self.model, self.tables, self.length = model, tables, length
+        self.model, self.tables, self.retrieval = model, tables, retrieval
         self.weight_T = torch.tensor([float(blend.get(task, 0.0)) for task in model.tasks])
 
     @torch.no_grad()
-    def __call__(
-        self, batch: EvaluationBatch, items_BC: NDArray[np.int64], found_BC: NDArray[np.float32]
-    ) -> NDArray[np.floating]:
+    def __call__(self, batch: EvaluationBatch, items_BC: NDArray[np.int64]) -> NDArray[np.floating]:
         """Return scores [B, C]."""
-        users, now = np.asarray(batch.users), np.asarray(batch.now)
-        arrays = asked(self.tables, self.length, users, batch.histories, now, items_BC, found_BC)
+        asks = np.asarray(batch.users), batch.histories, np.asarray(batch.now)
+        queries_BHD, vectors_ND = self.retrieval.queries(*asks), self.retrieval.vectors_ND
+        length = self.model.max_length
+        arrays = asked(self.tables, length, *asks, items_BC, queries_BHD, vectors_ND)
         given = (torch.from_numpy(as_model(arrays[name])) for name in self.model.inputs)
         return (self.model(*given) @ self.weight_T).numpy()
 
 
-def test_tasks(
+def tasks_tested(
     shown: Shown,
     model: Ranker,
     fits: Mapping[str, Calibration],
@@ -165,7 +195,28 @@ def test_tasks(
         ),
         importance_plot(what_matters(shown, model), folder / "importance.png"),
     ]
-    return TaskTested(model.tasks, metrics, files)
+    users_R, groups = shown.users_of("test"), groups_of(shown)
+    slices = slice_metrics(pair["calibrated"], labels_RT, model.tasks, users_R, groups)
+    return TaskTested(model.tasks, metrics, files, slices=slices)
+
+
+def groups_of(shown: Shown) -> dict[str, NDArray[np.str_]]:
+    """Return each shown test item's label by history, popularity, hour and categorical context."""
+    examples, requests = shown.examples, shown.requests("test")
+    items_R = examples.items[examples.rows("test")]
+    popularity_N = np.append("unknown", popularity_buckets(shown.dataset.train_count[1:]))
+    hours = examples.times[requests] // 3_600_000 % 24
+    found = {
+        "history": history_buckets(examples.places[requests]),
+        "hour": np.char.add(np.char.zfill((hours // 6 * 6).astype(str), 2), " h on"),
+    }
+    for name, column in examples.context.items():
+        if pa.types.is_dictionary(column.type) and len(column.dictionary) <= FEW:
+            texts = column.take(requests).to_pylist()
+            found[name] = np.array([text or "missing" for text in texts])
+    each = np.diff(examples.offsets)[requests]
+    by_row = {name: np.repeat(labels, each) for name, labels in found.items()}
+    return {"item": popularity_N[items_R], **by_row}
 
 
 def best_achievable(shown: Shown, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -216,7 +267,10 @@ def columns_of(layout: Layout, inputs: Sequence[str]) -> dict[str, list[Place]]:
     for array in ("request_numbers", "item_numbers", "cross_numbers"):
         for first, name in enumerate(getattr(layout, array)):
             found[name] = [Place(array, first, 1, array != "request_numbers")]
-    whole = {"vectors": "item_vectors", "retrieval": "retrieval_scores"}
-    found |= {name: [Place(array, shown=True)] for name, array in whole.items() if array in inputs}
+    if "item_vectors" in inputs:
+        found["vectors"] = [Place("item_vectors", shown=True)]
+    if "queries" in inputs:
+        of_items = [Place(name, shown=True) for name in ("candidate_vectors", "retrieval_scores")]
+        found["retrieval"] = [Place("queries"), *of_items]
     path = [Place(name) for name in ("path_codes", "types", "gaps", "lengths") if name in inputs]
     return found | ({"path": path} if path else {})

@@ -31,6 +31,8 @@ class Tested:
     rows: dict[str, Evaluation]
     metrics: dict[str, dict[str, float]]
     files: list[Path]
+    servable = True
+    """Whether a bundle can be made of the run."""
 
     @property
     def model(self) -> Evaluation:

@@ -50,6 +50,10 @@ class Measured(Protocol):
     def files(self) -> list[Path]:
         """Plots and tables."""
 
+    @property
+    def servable(self) -> bool:
+        """Whether a bundle can be made of the run."""
+
     def show(self, console: Console, slices: bool = False) -> None:
         """Print what was found."""
 
@@ -87,11 +91,12 @@ class Job(Protocol):
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training: its run directory and how it did."""
+    """A finished training: its run directory, how it did, and what it had to maximise."""
 
     run: Path
     tested: Any
     seconds: float
+    reached: float
 
 
 def train(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Trained:
@@ -137,7 +142,7 @@ def retest(folder: Path, workspace: Workspace) -> Trained:
     tested = job.test(folder)
     facts = {k: v for k, v in manifest.items() if k not in MADE_BY_MANIFEST}
     write_manifest(folder, "run", **{**facts, "metrics": tested.metrics})
-    return Trained(folder, tested, time.perf_counter() - started)
+    return Trained(folder, tested, time.perf_counter() - started, job.validation.reached)
 
 
 def _assemble(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Job:
@@ -190,7 +195,7 @@ def _run(
     write_manifest(folder, "run", **facts, metrics=tested.metrics)
     workspace.mark_latest("run", folder)
     tracker.finish(tested.logged, [*tested.files, folder / BEST])
-    return Trained(folder, tested, time.perf_counter() - started)
+    return Trained(folder, tested, time.perf_counter() - started, job.validation.reached)
 
 
 def _fit(config: DictConfig, folder: Path, job: Job, tracker: Tracker) -> None:

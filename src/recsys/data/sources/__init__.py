@@ -26,6 +26,7 @@ class Tables(NamedTuple):
     label columns; every other column is context of the request.
     labels: which columns of impressions are labels; () for those with a name in
     `impressions.LABELS`.
+    dropped_requests: how many requests of impressions the source left out, by reason.
     """
 
     events: ibis.Table
@@ -35,6 +36,7 @@ class Tables(NamedTuple):
     dropped: Mapping[str, int] = MappingProxyType({})
     impressions: ibis.Table | None = None
     labels: Sequence[str] = ()
+    dropped_requests: Mapping[str, int] = MappingProxyType({})
 
 
 def no_events() -> ibis.Table:

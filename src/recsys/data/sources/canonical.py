@@ -144,6 +144,11 @@ def first(table: ir.Table) -> dict[str, Any] | None:
     return rows[0] if rows else None
 
 
+def number(value: ir.Scalar) -> int:
+    """Return a whole number, 0 where there is none."""
+    return int(value.to_pyarrow().as_py() or 0)
+
+
 def _milliseconds(table: ir.Table, times: ir.Value) -> ir.Value | None:
     """Return `times` in milliseconds, null where they are nonsense; None for a hopeless type."""
     kind = times.type()
