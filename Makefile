@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test lint gates bench bench-training faults clean
+.PHONY: help install demo test lint gates bench bench-training bench-ranking faults clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
@@ -20,7 +20,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: $(READY)  ## Synthetic shop: prepare, train two models, export, serve, ask
+demo: $(READY)  ## Synthetic shop: prepare, train both stages, export, serve, ask
 	$(BIN)/python scripts/demo.py
 
 test: lint  ## Lint, types, layers, and every fast test
@@ -46,6 +46,10 @@ faults: $(READY)  ## Kill, swap, drain and overload a server under load: make fa
 bench-training: $(READY)  ## Two hours and more: training beside three libraries, then the cost curves
 	$(BIN)/python scripts/bench_training.py
 	$(BIN)/python scripts/bench_training.py --scale
+
+bench-ranking: $(READY)  ## Rankers beside three libraries on MovieLens, and the ranking stage's latency
+	$(BIN)/python scripts/bench_ranking.py
+	$(BIN)/python scripts/bench_rank_stage.py
 
 clean:  ## Remove the environment and results of builds, not the workspace
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache

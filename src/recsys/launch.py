@@ -248,9 +248,10 @@ def _show_tests(tests: dict[str, Any]) -> None:
 
     retrievers = {name: test for name, test in tests.items() if isinstance(test, Tested)}
     show_together(retrievers, Console())
-    for name in tests.keys() - retrievers.keys():
-        Console().print(f"\n[bold]{name}[/bold]")
-        tests[name].show(Console())
+    for name, test in tests.items():
+        if name not in retrievers:
+            Console().print(f"\n[bold]{name}[/bold]")
+            test.show(Console())
 
 
 def _stages(overrides: Sequence[str]) -> tuple[dict[str, DictConfig], DictConfig | None]:
