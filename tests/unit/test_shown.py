@@ -238,12 +238,12 @@ def test_rates_of_the_tables_are_as_of_the_test(encoded: Shown) -> None:
 
 
 def test_batches_hold_training_requests_once_and_hide_some(encoded: Shown) -> None:
-    inputs = ("request_codes", "request_numbers", "items", "retrieval_scores")
+    inputs = ("request_codes", "request_numbers", "path_codes", "retrieval_scores")
     shares = []
     for hidden in (0.0, 0.5, 1.0):
         batches = ShownBatches(encoded.dataset, 16, 3, encoded, inputs, hidden)
         epoch = [batches[0, step] for step in range(batches.steps)]
-        assert sum(len(batch["items"]) for batch in epoch) == len(encoded.requests("train"))
+        assert sum(len(batch["path_codes"]) for batch in epoch) == len(encoded.requests("train"))
         assert set(epoch[0]) == {*inputs, "labels"}
         known = encoded.tables.features.facts["device"]["values"].index("phone")
         default = [(batch["request_codes"][:, 1] == 2 + known).float() for batch in epoch]

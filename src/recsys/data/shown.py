@@ -153,26 +153,30 @@ class Shown:
         """Return the whole path before each request."""
         return self.dataset.histories(self.examples.users[requests], self.examples.places[requests])
 
-    def arrays(self, requests: Ints) -> Arrays:
+    def arrays(self, requests: Ints, path: bool = True) -> Arrays:
         """Return everything that a ranker may read of some requests, and their `labels` [B, C, T].
 
         Where a request shows fewer items than others its row ends with item 0 and unknown labels.
+        Without `path` what the path alone says is left out, which is most of the time.
         """
         examples, rows_BC = self.examples, grid(self.examples.offsets, requests)
         real_BC = rows_BC >= 0
         items_BC = np.where(real_BC, examples.items[rows_BC], 0)
-        found = encode(self.histories(requests), self.length, examples.times[requests])
+        found = self._paths(requests) if path else {}
         found |= {name: values[requests] for name, values in self.request.items()}
-        found |= gather(self.tables.items, items_BC, found["items"])
+        found |= gather(self.tables.items, items_BC, found.get("items"))
         if self.rates.shape[1]:
             found["item_numbers"][..., -self.rates.shape[1] :] = self.rates[rows_BC]
         if self.cross.shape[1]:
             found["cross_numbers"] = self.cross[rows_BC]
         if self.retrieval is not None:
             queries_BHD, vectors_ND = self.retrieval.queries[requests], self.retrieval.vectors
-            found |= retrieved(queries_BHD, vectors_ND[items_BC], found["lengths"])
+            found |= retrieved(queries_BHD, vectors_ND[items_BC], examples.places[requests])
         labels_BCT = np.where(real_BC[..., None], examples.labels[rows_BC], np.nan)
         return found | {"labels": labels_BCT.astype(np.float32)}
+
+    def _paths(self, requests: Ints) -> Arrays:
+        return encode(self.histories(requests), self.length, self.examples.times[requests])
 
 
 def asked(
@@ -333,7 +337,7 @@ class ShownBatches(Batches):
     def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
         """Return the model's inputs and `labels`."""
         requests = self.training[rows]
-        arrays = self.shown.arrays(requests)
+        arrays = self.shown.arrays(requests, "path_codes" in self.inputs)
         self._hide(arrays, rng.random(len(rows)) < self.hidden, requests)
         return {name: as_model(arrays[name]) for name in (*self.inputs, "labels")}
 

@@ -129,7 +129,8 @@ def make_tracker(
 
 def _parameters(config: DictConfig) -> dict[str, Any]:
     """Return every setting as `group/name`, and what each group is as `group`: `loss: bce`."""
-    kept = ("data", "split", "model", "loss", "optimizer", "batches", "trainer", "evaluation")
+    stage = ("ranking", "features", "examples") if config.get("examples") else ("loss",)
+    kept = ("data", "split", "model", *stage, "optimizer", "batches", "trainer", "evaluation")
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
     flat = flatten({"seed": values["seed"]} | {k: values[k] for k in kept if k in values})
