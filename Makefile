@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # The one version that is tested; a CUDA or CPU build of it that is installed already is kept.
 TORCH ?= torch==2.13.0
+# Processes that run the tests, one core each.
+JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -24,7 +26,7 @@ demo: $(READY)  ## Synthetic shop: prepare, train both stages, export, serve, as
 	$(BIN)/python scripts/demo.py
 
 test: lint  ## Lint, types, layers, and every fast test
-	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m 'not slow and not gpu'
 
 lint: $(READY)
 	$(BIN)/ruff check .
