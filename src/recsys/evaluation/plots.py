@@ -47,7 +47,7 @@ def learning_curves(
     drawn = {label: keys for label, keys in drawn.items() if keys}
     if not drawn:
         raise InputError(f"no metric to draw; met {sorted(met)}, expected some of {dict(panels)}")
-    with _figure(path, title, len(drawn)) as axes:
+    with drawing(path, title, len(drawn)) as axes:
         for axis, (label, keys) in zip(axes, drawn.items(), strict=True):
             _curves(axis, history, keys)
             axis.set(xlabel="epoch", ylabel=label)
@@ -84,7 +84,7 @@ def slice_bars(
     if not groups:
         raise InputError("no slices to draw; evaluate with details, and more than one bucket")
     title = f"{metric} by slice: {first.dataset}, {first.part}"
-    with _figure(path, title, len(groups)) as axes:
+    with drawing(path, title, len(groups)) as axes:
         for axis, (group, buckets) in zip(axes, groups.items(), strict=True):
             heights = {
                 name: [evaluation.slices[group][bucket][metric] for bucket in buckets]
@@ -94,7 +94,9 @@ def slice_bars(
             _bars(axis, users, heights)
             axis.set(xlabel=f"{GROUPS.get(group, group)}; users in each", ylabel=metric)
         handles, labels = axes[0].get_legend_handles_labels()
-        _whole(axes[0]).legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+        whole_of(axes[0]).legend(
+            handles, labels, loc="outside lower center", ncols=6, frameon=False
+        )
     return path
 
 
@@ -105,7 +107,7 @@ def scorer_bars(
     first = next(iter(evaluations.values()))
     seen = "removed" if first.exclude_seen else "kept"
     title = f"{first.dataset}, {first.part}: {first.users:,} users, all items, seen {seen}"
-    with _figure(path, title, len(metrics)) as axes:
+    with drawing(path, title, len(metrics)) as axes:
         for axis, metric in zip(axes, metrics, strict=True):
             values = [evaluation.metrics.get(metric, 0.0) for evaluation in evaluations.values()]
             bars = axis.barh(list(evaluations), values, color=_colours(len(values)), height=0.7)
@@ -131,7 +133,8 @@ def _bars(axis: Axes, labels: Sequence[str], heights: Mapping[str, Sequence[floa
     axis.set_xticks(places, labels)
 
 
-def _whole(axis: Axes) -> Figure:
+def whole_of(axis: Axes) -> Figure:
+    """Return the picture that an axes belongs to."""
     figure: Any = axis.figure
     return figure
 
@@ -141,7 +144,7 @@ def _colours(count: int) -> list[str]:
 
 
 @contextmanager
-def _figure(path: Path, title: str, panels: int) -> Iterator[Sequence[Axes]]:
+def drawing(path: Path, title: str, panels: int) -> Iterator[Sequence[Axes]]:
     """Yield one axes a panel, and save the picture when the block ends well."""
     # No pyplot: its global state keeps figures alive and looks for a screen.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -111,7 +111,7 @@ def bootstrap(
     sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
     means_R = np.concatenate([draw(rng, differences_U, size) for size in sizes])
     low, high = np.quantile(means_R, [0.025, 0.975])
-    return Interval(float(differences_U.mean()), float(low), float(high), _p_value(means_R))
+    return Interval(float(differences_U.mean()), float(low), float(high), two_sided(means_R))
 
 
 def _by_user(rng: np.random.Generator, values_U: NDArray, resamples: int) -> NDArray:
@@ -129,7 +129,8 @@ def _by_value(rng: np.random.Generator, values_U: NDArray, resamples: int) -> ND
     return drawn_RV @ values_V / len(values_U)
 
 
-def _p_value(means_R: NDArray[np.float64]) -> float:
+def two_sided(means_R: NDArray[np.float64]) -> float:
+    """Return the p-value of the mean being 0, given its resamples."""
     # One more on either side: no finite number of resamples can show a p of 0.
     tail = min(int((means_R <= 0).sum()), int((means_R >= 0).sum()))
     return min(1.0, 2 * (tail + 1) / (len(means_R) + 1))

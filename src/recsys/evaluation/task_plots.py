@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recsys.evaluation.importance import Drop
-from recsys.evaluation.plots import COLOURS, _figure, _whole
+from recsys.evaluation.plots import COLOURS, drawing, whole_of
 from recsys.schema import InputError
 from recsys.task_metrics import BINS, REGRESSION, Bins, Floats, ece, reliability
 
@@ -42,8 +42,8 @@ def reliability_plot(
     ]
     if not drawn:
         raise InputError(f"no binary task with labels to draw among {', '.join(tasks)}")
-    with _figure(path, title, len(drawn)) as axes:
-        _whole(axes[0]).set_figheight(5.6)
+    with drawing(path, title, len(drawn)) as axes:
+        whole_of(axes[0]).set_figheight(5.6)
         for axis, (place, task) in zip(axes, drawn, strict=True):
             known_R = ~np.isnan(label_RT[:, place])
             given = {name: p_RT[known_R, place] for name, p_RT in probabilities.items()}
@@ -99,8 +99,8 @@ def importance_plot(
     names = _foremost(drops, most)
     if not names:
         raise InputError("no column to draw; declare some under `features`")
-    with _figure(path, title, len(drops)) as axes:
-        _whole(axes[0]).set_figheight(1.4 + 0.26 * len(names))
+    with drawing(path, title, len(drops)) as axes:
+        whole_of(axes[0]).set_figheight(1.4 + 0.26 * len(names))
         for axis, (task, found) in zip(axes, drops.items(), strict=True):
             _drops(axis, [found[name] for name in names], names)
             unit = "rise of mean absolute error, s" if task in REGRESSION else "fall of AUC"

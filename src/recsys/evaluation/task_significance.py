@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.evaluation.significance import BLOCK, Interval, _p_value
+from recsys.evaluation.significance import BLOCK, Interval, two_sided
 from recsys.schema import InputError
 from recsys.task_metrics import Floats, Ints, auc, resampled_aucs, user_aucs
 
@@ -50,7 +50,7 @@ def auc_difference(
     found_S = np.concatenate([resampled(drawn_SU) for drawn_SU in _draws(count, resamples, seed)])
     found_S = found_S[~np.isnan(found_S)]
     low, high = np.quantile(found_S, [0.025, 0.975])
-    return Interval(float(mean), float(low), float(high), _p_value(found_S))
+    return Interval(float(mean), float(low), float(high), two_sided(found_S))
 
 
 def _pooled(
