@@ -102,6 +102,7 @@ def tiny_dataset(path: Path) -> Dataset:
         num_events=len(flat),
         has_time=True,
         event_types=["view"],
+        has_values=False,
         split={"rule": "leave_one_out"},
         item_features={"title": "text"},
         user_features={},

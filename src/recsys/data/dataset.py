@@ -87,6 +87,11 @@ class Dataset:
         return len(self.manifest["event_types"]) > 1
 
     @property
+    def has_values(self) -> bool:
+        """Whether any event has a value: dwell seconds, a rating, a price."""
+        return bool(self.manifest["has_values"])
+
+    @property
     def fingerprint(self) -> str:
         """What stands for the content of all its files."""
         return str(self.manifest["fingerprint"])
@@ -143,8 +148,11 @@ class Dataset:
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         firsts = self.offsets[users] + ends - counts
         source = np.repeat(firsts - offsets[:-1], counts) + np.arange(offsets[-1])
-        items, types, times = (self.events[name][source] for name in ("items", "types", "times"))
-        return Histories(np.asarray(items), np.asarray(types), np.asarray(times), offsets)
+        items, types, times = (
+            np.asarray(self.events[name][source]) for name in ("items", "types", "times")
+        )
+        values = np.asarray(self.events["values"][source]) if self.has_values else None
+        return Histories(items, types, times, offsets, values)
 
 
 def leave_one_out(lengths: NDArray[np.int64]) -> Split:

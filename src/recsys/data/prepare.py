@@ -254,6 +254,7 @@ def _make(
         num_events=int(offsets[-1]),
         has_time=tables.has_time,
         event_types=occurring,
+        has_values=_any_value(folder / "events"),
         split=where,
         item_features=item_kinds,
         user_features=user_kinds,
@@ -617,6 +618,12 @@ def _occurring(folder: Path) -> list[str]:
     counts = count_items(types, len(EVENT_TYPES) + 1)
     assert counts[0] == 0, "a source gave an event type that it did not check"
     return [name for name, number in zip(EVENT_TYPES, counts[1:], strict=True) if number]
+
+
+def _any_value(folder: Path) -> bool:
+    values = np.load(folder / "values.npy", mmap_mode="r")
+    chunks = (values[at : at + CHUNK] for at in range(0, len(values), CHUNK))
+    return any(np.isfinite(chunk).any() for chunk in chunks)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from recsys.data.dataset import Dataset
 from recsys.export.runtime import Encoder, request_times
 from recsys.history import Histories
 from recsys.index.build import BuiltIndex, IndexSettings, build, check_vectors
-from recsys.index.bundle import ENCODER, EVENT_ARRAYS, EVENTS, INDEX, ITEMS, USERS, VECTORS
+from recsys.index.bundle import ENCODER, EVENT_ARRAYS, EVENTS, INDEX, ITEMS, USERS, VALUES, VECTORS
 from recsys.index.search import ItemIndex
 from recsys.schema import EVENT_TYPES, InputError
 
@@ -227,7 +227,7 @@ def _write_tables(dataset: Dataset, directory: Path) -> None:
     pq.write_table(dataset.items.drop_columns(["train_count"]), directory / ITEMS)
     pq.write_table(dataset.users.select(["user_id"]), directory / USERS)
     (directory / EVENTS).mkdir()
-    for name in EVENT_ARRAYS:
+    for name in (*EVENT_ARRAYS, *([VALUES] if dataset.has_values else [])):
         shutil.copyfile(dataset.path / EVENTS / f"{name}.npy", directory / EVENTS / f"{name}.npy")
 
 
@@ -264,10 +264,8 @@ def _self_tests(
 
 
 def _one(histories: Histories, row: int) -> Histories:
-    events = slice(*histories.offsets[row : row + 2])
-    columns = (histories.items, histories.types, histories.times)
-    items, types, times = (column[events] for column in columns)
-    return Histories.of([(items, types, times)])
+    first, end = histories.offsets[row : row + 2]
+    return histories.taking(slice(first, end), np.array([0, end - first]))
 
 
 def _described(dataset: Dataset, histories: Histories, row: int, user: int) -> dict[str, Any]:
@@ -277,8 +275,13 @@ def _described(dataset: Dataset, histories: Histories, row: int, user: int) -> d
         "history": _item_ids(dataset, histories.items[events]),
         "event_types": [EVENT_TYPES[code - 1] for code in histories.types[events]],
         "timestamps": histories.times[events].tolist() if dataset.has_time else None,
+        "values": _known(histories.values[events]) if histories.values is not None else None,
         "now": int(request_times(histories)[row]) if dataset.has_time else None,
     }
+
+
+def _known(values: NDArray[np.floating]) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in values]
 
 
 def _item_ids(dataset: Dataset, indices: NDArray[np.integer]) -> list[str]:

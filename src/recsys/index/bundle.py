@@ -30,6 +30,7 @@ ITEMS = "items.parquet"
 USERS = "users.parquet"
 EVENTS = "events"
 EVENT_ARRAYS = ("items", "types", "times", "offsets")
+VALUES = "values"
 FILES = (ENCODER, VECTORS, INDEX, ITEMS, USERS, *(f"{EVENTS}/{name}.npy" for name in EVENT_ARRAYS))
 """What every bundle holds beside its manifest; one with a ranker holds `RANKER` too."""
 TABLES = ("item_codes", "item_numbers", "item_raw", "user_codes", "user_numbers")
@@ -168,8 +169,16 @@ class Bundle:
 
     @cached_property
     def events(self) -> dict[str, NDArray[Any]]:
-        """The users' trajectories, memory-mapped: items, types, times [E] and offsets [U + 1]."""
-        return {name: _map_array(self.path / EVENTS / f"{name}.npy") for name in EVENT_ARRAYS}
+        """The users' trajectories, memory-mapped: items, types, times [E] and offsets [U + 1].
+
+        And `values` [E] where the log has any.
+        """
+        files = {name: self.path / EVENTS / f"{name}.npy" for name in (*EVENT_ARRAYS, VALUES)}
+        return {
+            name: _map_array(file)
+            for name, file in files.items()
+            if name != VALUES or file.is_file()
+        }
 
     def histories(self, rows: NDArray[np.integer]) -> Histories:
         """Return the whole trajectories of user `rows` [B]; a negative row has an empty one."""
@@ -181,7 +190,8 @@ class Bundle:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         source = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
         items, types, times = (np.asarray(self.events[n][source]) for n in EVENT_ARRAYS[:3])
-        return Histories(items, types, times, offsets)
+        values = np.asarray(self.events[VALUES][source]) if VALUES in self.events else None
+        return Histories(items, types, times, offsets, values)
 
 
 class UserRows:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.history import Arrays
+from recsys.history import Arrays, value_bucket
 from recsys.index.search import Hits, ItemIndex
 from recsys.serving.catalogue import Catalogue, Filter, Indices
 from recsys.serving.messages import Ignored
@@ -48,10 +48,14 @@ class Reading:
 
     @property
     def checksum(self) -> int:
-        """Return a number that stands for the events of the path and the times between them."""
-        items, types, times = self.path
+        """Return a number that stands for the events of the path and the times between them.
+
+        Values count where there are any: what was logged before they were kept is told alike.
+        """
+        items, types, times, values = self.path
+        buckets = value_bucket(values)
         total = 0
-        for part in (items, types, times - times[-1:]):
+        for part in (items, types, times - times[-1:], *([buckets] if buckets.any() else [])):
             total = zlib.crc32(part.astype(np.int64).tobytes(), total)
         return total
 

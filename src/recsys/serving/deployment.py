@@ -312,11 +312,14 @@ def _near(left: float | None, right: float | None) -> bool:
 
 
 def _self_test_request(entry: dict[str, Any]) -> RecommendRequest:
-    times = entry["timestamps"] or [None] * len(entry["history"])
-    events = zip(entry["history"], entry["event_types"], times, strict=True)
+    nothing = [None] * len(entry["history"])
+    times, values = entry["timestamps"] or nothing, entry.get("values") or nothing
+    events = zip(entry["history"], entry["event_types"], times, values, strict=True)
     return RecommendRequest(
         user_id=entry["user_id"],
-        history=[HistoryEvent(item, kind, moment(time)) for item, kind, time in events],
+        history=[
+            HistoryEvent(item, kind, moment(time), value) for item, kind, time, value in events
+        ],
         k=len(entry["top"]),
         exclude_seen=False,
         now=moment(entry["now"]),

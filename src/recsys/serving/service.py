@@ -298,7 +298,7 @@ class Service:
         except StateUnavailable as error:
             self.metrics.state_errors.inc()
             log.warning("state_unavailable", reason=str(error))
-            return UserPath([], [], [], self.erased.get(user_hash(request.user_id), 0))
+            return UserPath([], [], [], [], self.erased.get(user_hash(request.user_id), 0))
 
     def _popular(
         self, roster: Roster, arms: Sequence[Arm], requests: Sequence[Asked]
