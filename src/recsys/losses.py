@@ -20,6 +20,8 @@ from recsys.schema import InputError
 
 Products = Literal["auto", "bf16", "fp32"]
 Kernel = Literal["torch", "liger"]
+TILE = 1 << 26
+"""Most logits that a full softmax holds at a time on a CPU; a quarter of a gigabyte in fp32."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ def full_softmax(
     weight_P: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy over every item, `chunk` positions at a time: P × N is never held.
+
+    On a CPU fewer at a time where there are many items, see `TILE`.
 
     `products`: the number format of the matrix products (`bf16` halves the time of a step where
     the processor has such instructions, `auto` asks it); sums and gradients stay as they are.
@@ -112,6 +116,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.bfloat16 if half else query_PD.dtype
         query_PD, vectors_ND = query_PD.to(dtype).contiguous(), vectors_ND.to(dtype).contiguous()
         grad_dtype = torch.float32 if half else dtype
+        chunk = chunk if query_PD.is_cuda else min(chunk, max(16, TILE // len(vectors_ND)))
         query_PHD = query_PD if query_PD.ndim == 3 else query_PD[:, None]
         query_grad_PHD = torch.empty_like(query_PHD, dtype=grad_dtype)
         vectors_grad_ND = torch.zeros_like(vectors_ND, dtype=grad_dtype)

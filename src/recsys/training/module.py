@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys.losses import ItemSide, contrastive
+from recsys.optimizers import LazyAdam
 from recsys.schema import EVENT_TYPES, InputError, type_code
 
 Loss = Callable[..., Tensor]
@@ -73,7 +74,10 @@ class SeededModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer over all parameters."""
-        return self.make_optimizer(self.parameters())
+        optimizer = self.make_optimizer(self.parameters())
+        if isinstance(optimizer, LazyAdam):
+            optimizer.prepare(self.model)
+        return optimizer
 
     @property
     def rate(self) -> float:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset
 from recsys.evaluation.scorers import ModelScorer
+from recsys.schema import InputError
 from recsys.training.callbacks import FullRanking, averaged
 from recsys.training.module import Objective, RetrieverModule
 from recsys.training.runs import BEST, build_model, load_weights, short_name
@@ -24,6 +25,7 @@ class RetrievalJob:
 
     def __init__(self, config: DictConfig, dataset: Dataset) -> None:
         check_start(config.item_start)
+        _check_lazy(config)
         self.config, self.dataset = config, dataset
         model = build_model(config, dataset)
         self.batches = instantiate(
@@ -52,3 +54,12 @@ class RetrievalJob:
         scorer = ModelScorer(self.module.model.eval().cpu(), name=name)
         exclude = self.config.evaluation.exclude_seen
         return rank_test(folder, self.dataset, scorer, self.validation, exclude)
+
+
+def _check_lazy(config: DictConfig) -> None:
+    parts = short_name(config.optimizer._target_), short_name(config.loss._target_)
+    if parts == ("LazyAdam", "full_softmax"):
+        raise InputError(
+            "optimizer=lazy_adam has no effect with loss=full_softmax, which reads every item at "
+            "each step; use loss=sampled_softmax, or optimizer=adam"
+        )
