@@ -123,7 +123,7 @@ def prepare(overrides: Sequence[str], workspace: Workspace) -> Dataset:
 
 
 def _show(dataset: Dataset) -> None:
-    from recsys.data.prepare import summary
+    from recsys.data.summary import summary
 
     Console().print(summary(dataset))
 
