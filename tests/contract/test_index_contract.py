@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from recsys.index import build as building
+from recsys.index import kinds
 from recsys.index.build import IndexSettings, build
 from recsys.index.search import Gathered, ItemIndex, Masked
+from recsys.index.shards import names
+from recsys.index.tuning import exact_top
 from recsys.schema import InputError
 
 # B requests, H interests, D dim, N items
 N, D = 3000, 16
-KINDS = ("flat", "ivf_flat", "hnsw", "ivf_sq8")
+KINDS = ("flat", "ivf_flat", "hnsw", "ivf_sq8", "ivf_pq")
 
 
 def clustered(count: int, seed: int) -> np.ndarray:
@@ -222,7 +225,7 @@ def test_no_requests(index):
 def test_saved_equals_built(index, tmp_path: Path):
     faiss.write_index(index.index, str(tmp_path / "index.faiss"))
     name = "ef_search" if index.kind == "hnsw" else "nprobe"
-    facts = {"kind": index.kind, name: index.effort}
+    facts = {"kind": index.kind, name: index.effort, "refine": index.refine}
     again = ItemIndex.load(tmp_path / "index.faiss", VECTORS_ND, facts)
     kept, read = (i.search(QUERIES_BD[:, None], 10).indices_BK for i in (index, again))
     np.testing.assert_array_equal(kept, read)
@@ -260,6 +263,54 @@ def test_auto_is_exact_up_to_its_limit():
     assert build(VECTORS_ND, {"exact_up_to": N - 1}, QUERIES_BD).facts["kind"] == "ivf_flat"
 
 
+def test_auto_takes_codes_where_whole_vectors_would_be_too_large():
+    settings = IndexSettings(exact_up_to=10, whole_up_to_mib=1)
+    assert settings.resolve(1 << 14, dim=16) == "ivf_flat"
+    assert settings.resolve((1 << 14) + 1, dim=16) == "ivf_pq"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_find_what_the_whole_index_finds(kind, tmp_path: Path):
+    settings = {"kind": kind, **({"code_bytes": 4} if kind == "ivf_pq" else {})}
+    whole = build(VECTORS_ND, settings, QUERIES_BD)
+    parts = build(VECTORS_ND, {**settings, "shards": 3}, QUERIES_BD)
+    facts = parts.write(tmp_path)
+    files = [tmp_path / name for name in names(facts["shards"])]
+    assert facts["bytes"] == sum(file.stat().st_size for file in files)
+    read = ItemIndex.load(files, VECTORS_ND, facts)
+    one, several = (
+        index.search(QUERIES_BD[:32, None], 20)
+        for index in (ItemIndex(whole.index, VECTORS_ND, facts), read)
+    )
+    if kind == "hnsw":  # a graph a shard is another graph
+        assert_near_exact(read, several, [exact(q[None], 20) for q in QUERIES_BD[:32]])
+    else:
+        np.testing.assert_array_equal(one.indices_BK, several.indices_BK)
+        np.testing.assert_array_equal(one.scores_BK, several.scores_BK)
+
+
+def test_built_from_a_map_in_parts_it_is_the_same(tmp_path: Path, monkeypatch):
+    """Vectors are added some at a time, and exact search reads them so, too."""
+    np.save(tmp_path / "vectors.npy", VECTORS_ND)
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    settings = {"kind": "ivf_pq", "code_bytes": 4}
+    whole = build(VECTORS_ND, settings, QUERIES_BD)
+    monkeypatch.setattr(kinds, "CHUNK_BYTES", 4 * D * 700)
+    parts = build(mapped, settings, QUERIES_BD)
+    assert (faiss.serialize_index(whole.index) == faiss.serialize_index(parts.index)).all()
+    assert whole.facts["recall"] == parts.facts["recall"]
+    top = exact_top(mapped, QUERIES_BD, 10)
+    np.testing.assert_array_equal(top + 1, [exact(q[None], 10)[0] for q in QUERIES_BD])
+
+
+def test_codes_say_how_many_are_scored_exactly():
+    facts = build(VECTORS_ND, {"kind": "ivf_pq", "code_bytes": 2}, QUERIES_BD).facts
+    assert facts["code_bytes"] == 2
+    assert facts["refine"] > 2
+    assert facts["recall"] >= 0.99
+    assert facts["build_peak_mib"] >= 0
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_bad_vectors_name_the_row(value):
     vectors_ND = VECTORS_ND.copy()
@@ -278,6 +329,15 @@ def test_bad_vectors_name_the_row(value):
         ({"kind": "ivf_flat", "target_recall": 1.5}, "at most 1"),
         ({"kind": "ivf_flat", "nlist": 0}, "must be above 0"),
         ({"kind": "ivf_flat", "nlist": 4000}, "more than the 3000 items"),
+        (
+            {"kind": "ivf_pq", "code_bytes": 5},
+            "5 does not divide the 16 dim.*one of 1, 2, 4,",
+        ),
+        (
+            {"kind": "ivf_sq8", "code_bytes": 4},
+            "has no effect with index.kind=ivf_sq8",
+        ),
+        ({"kind": "flat", "shards": 3001}, "index.shards=3001 is more than the 3000 items"),
     ],
 )
 def test_bad_settings(settings, message):

@@ -126,6 +126,16 @@ def bundle(tmp_path: Path, dataset: Dataset) -> Path:
     return tmp_path / "bundles" / "tiny-1"
 
 
+def test_a_missing_shard_is_named(tmp_path: Path, dataset: Dataset) -> None:
+    path = tmp_path / "sharded"
+    manifest = write(path, dataset, index={"kind": "flat", "shards": 2})
+    assert manifest["index"]["shards"] == 2
+    assert len(Bundle.open(path).index_paths) == 2
+    (path / "index-2-of-2.faiss").unlink()
+    with pytest.raises(InputError, match=r"not a whole bundle: index-2-of-2\.faiss missing"):
+        Bundle.open(path)
+
+
 def test_manifest_describes_the_bundle(bundle: Path) -> None:
     manifest = Bundle.open(bundle).manifest
     assert set(manifest["files"]) == set(FILES)
@@ -166,7 +176,7 @@ def test_histories_of_users_and_of_nobody(bundle: Path) -> None:
 def test_self_tests_are_what_the_stored_graph_and_index_answer(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     session = onnxruntime.InferenceSession(opened.encoder_path)
-    index = ItemIndex.load(opened.index_path, opened.vectors_ND, opened.manifest["index"])
+    index = ItemIndex.load(opened.index_paths, opened.vectors_ND, opened.manifest["index"])
     tests = opened.manifest["self_test"]
     assert [test["user_id"] for test in tests] == USER_IDS
     assert tests[0]["history"] == ["with space", 'quote"s', "plain"]  # the newest max_length
@@ -292,7 +302,7 @@ def test_index_kind_is_kept(tmp_path: Path, dataset: Dataset, kind: str) -> None
     manifest = write(tmp_path / "b", dataset, index={"kind": kind})
     opened = Bundle.open(tmp_path / "b")
     assert manifest["index"]["kind"] == kind
-    index = ItemIndex.load(opened.index_path, opened.vectors_ND, manifest["index"])
+    index = ItemIndex.load(opened.index_paths, opened.vectors_ND, manifest["index"])
     assert index.search(VECTORS_ND[:1, None], 10).indices_BK.shape == (1, 7)
 
 

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.index.build import RECALL_AT, fetch_count, search_parameters
+from recsys.index import kinds
+from recsys.index.kinds import CODED, search_parameters
+from recsys.index.shards import Shards
+from recsys.index.tuning import RECALL_AT
 from recsys.schema import PAD, InputError
 
 if TYPE_CHECKING:
@@ -97,7 +100,10 @@ class ItemIndex:
     """
 
     def __init__(
-        self, index: faiss.Index, vectors_ND: NDArray[np.float32], facts: Mapping[str, Any]
+        self,
+        index: faiss.Index | Shards,
+        vectors_ND: NDArray[np.float32],
+        facts: Mapping[str, Any],
     ) -> None:
         if index.ntotal != len(vectors_ND) or index.d != vectors_ND.shape[1]:
             raise InputError(
@@ -109,19 +115,22 @@ class ItemIndex:
         self.vectors_ND = np.ascontiguousarray(np.asarray(vectors_ND), np.float32)
         self.kind = str(facts["kind"])
         self.effort = int(facts.get("nprobe") or facts.get("ef_search") or 0)
+        # Manifests from before it was tuned have none.
+        self.refine = int(facts.get("refine", 2 if self.kind in CODED else 1))
         self.parameters: dict[int, Any] = {}
 
     @classmethod
     def load(
-        cls, file: Path, vectors_ND: NDArray[np.float32], facts: Mapping[str, Any]
+        cls, files: Path | Sequence[Path], vectors_ND: NDArray[np.float32], facts: Mapping[str, Any]
     ) -> ItemIndex:
-        """Read an index file; `facts` is the `index` entry of the bundle's manifest."""
-        import faiss
+        """Read an index file, or its shards; `facts` is the `index` entry of the manifest.
 
-        try:
-            return cls(faiss.read_index(str(file)), vectors_ND, facts)
-        except RuntimeError as error:
-            raise InputError(f"{file}: not a FAISS index; export the bundle again") from error
+        Codes, vectors and links stay on the disk, mapped: all processes share these pages.
+        """
+        if isinstance(files, Path):
+            return cls(kinds.read(files), vectors_ND, facts)
+        parts = [kinds.read(file) for file in files]
+        return cls(Shards(parts) if len(parts) > 1 else parts[0], vectors_ND, facts)
 
     def __len__(self) -> int:
         return len(self.vectors_ND)
@@ -253,12 +262,12 @@ class ItemIndex:
             scores, ids = subset.index.search(queries, width)
             indices, kind = subset.indices[ids], "flat"
         else:
-            fetched = min(fetch_count(self.kind, width), len(self))
+            fetched = min(self.refine * width, len(self))
             scores, ids = self.index.search(queries, fetched, params=self._parameters(width))
             indices, kind = ids + 1, self.kind
         if isinstance(subset, Masked):
             indices = np.where(subset.mask[indices], indices, PAD)
-        if interests == 1 and kind != "ivf_sq8":
+        if interests == 1 and kind not in CODED:
             return zip(indices, scores, strict=True)
         shape = (batch, interests, -1)
         rows = zip(queries_BHD, indices.reshape(shape), scores.reshape(shape), strict=True)

@@ -125,7 +125,7 @@ class Engine:
         bundle = Bundle.open(path, verify=verify)
         check_inputs(bundle.encoder_path, bundle.encoder_inputs, ENCODED)
         session = open_graph(bundle.encoder_path, threads)
-        index = ItemIndex.load(bundle.index_path, bundle.vectors_ND, bundle.manifest["index"])
+        index = ItemIndex.load(bundle.index_paths, bundle.vectors_ND, bundle.manifest["index"])
         engine = cls(bundle, session, index, Ranker.load(bundle, threads))
         engine.warm_up()
         return engine
