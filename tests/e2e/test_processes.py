@@ -216,5 +216,5 @@ def test_a_repeated_command_goes_on_with_its_run_or_says_what_differs(
     assert "run trajectory-1 is finished" in capsys.readouterr().err
     assert main([*command, "optimizer.lr=0.5"]) == 2
     said = capsys.readouterr().err
-    assert "began with optimizer/lr=" in said
+    assert "began with optimizer.lr=" in said
     assert "type the same settings, or another name=" in said

@@ -189,9 +189,10 @@ def _refuse_other(config: DictConfig, before: DictConfig) -> None:
     for key in sorted(asked.keys() | had.keys()):
         if key.startswith(MAY_DIFFER) or asked.get(key) == had.get(key):
             continue
+        setting = key.replace("/", ".")
         raise InputError(
-            f"run {config.name} began with {key}={had.get(key)}, and is to go on with "
-            f"{key}={asked.get(key)}; type the same settings, or another name="
+            f"run {config.name} began with {setting}={had.get(key)}, and is to go on with "
+            f"{setting}={asked.get(key)}; type the same settings, or another name="
         )
 
 
