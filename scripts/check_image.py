@@ -235,21 +235,23 @@ def ran(builder: Builder, image: Image, *command: str, wanted: int = 0) -> str:
 
 @contextmanager
 def serving(builder: Builder, image: Image, bundles: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Start an image as `docker run` would, with bundles mounted, until the block ends."""
+    """Start an image as `docker run` would, with bundles mounted; stop it by SIGTERM at the end."""
     line = image.script(
         (*image.entrypoint, *image.command),
         {"/workspace/bundles": bundles},
         builder.folder("mount"),
     )
-    log = (builder.folder("log") / "stderr").open("wb")
-    process = subprocess.Popen(line, stdout=log, stderr=log)
+    log = builder.folder("log") / "stderr"
+    with log.open("wb") as file:
+        process = subprocess.Popen(line, stdout=file, stderr=file)
     try:
         yield process
-    finally:
-        process.terminate()
-        code = process.wait(timeout=60)
-    if code:
-        raise SystemExit(f"the server ended with {code}\n{Path(log.name).read_text()[-3000:]}")
+    except SystemExit as error:
+        process.kill()
+        raise SystemExit(f"{error}\n{log.read_text()[-3000:]}") from None
+    process.terminate()
+    if code := process.wait(timeout=60):
+        raise SystemExit(f"the server ended with {code}\n{log.read_text()[-3000:]}")
 
 
 def check_wheel(builder: Builder, python: Path) -> None:
