@@ -29,7 +29,7 @@ demo: $(READY)  ## Synthetic shop: prepare, train both stages, export, serve, as
 test: lint  ## Lint, types, layers, and every fast test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m 'not slow and not gpu'
 
-lint: $(READY)
+lint: $(READY)  ## Style, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

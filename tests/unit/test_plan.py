@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import math
 import re
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -96,6 +97,18 @@ def test_measured_figures_stand_in_the_benchmarks() -> None:
         assert figure in text
     for name in ("lmdb_bytes", "redis_bytes", "log_bytes", "answer_log_bytes"):
         assert f"| {getattr(Plan(), name):.1f} |" in text
+
+
+def test_the_commands_of_the_documents(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = DOCUMENT + (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^python (scripts/plan.py .*)$", texts, re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        plan.main()
+        assert capsys.readouterr().out.startswith("### Prepare")
 
 
 def test_own_numbers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
