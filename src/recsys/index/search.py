@@ -123,6 +123,11 @@ class ItemIndex:
         except RuntimeError as error:
             raise InputError(f"{file}: not a FAISS index; export the bundle again") from error
 
+    @classmethod
+    def exact(cls, vectors_ND: NDArray[np.float32]) -> ItemIndex:
+        """Make an index that compares with every vector."""
+        return cls(_flat(np.ascontiguousarray(vectors_ND)), vectors_ND, {"kind": "flat"})
+
     def __len__(self) -> int:
         return len(self.vectors_ND)
 
