@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         outcome = arguments.run(arguments)
     except KeyboardInterrupt:
-        print("\nrecsys: interrupted; a training goes on with: recsys train resume=NAME")
+        more = {"recommend": "the same command goes on"}
+        again = more.get(arguments.verb, "a training goes on with: recsys train resume=NAME")
+        print(f"\nrecsys: interrupted; {again}")
         return 130
     except Exception as error:
         message = explain(error)

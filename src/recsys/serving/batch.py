@@ -120,7 +120,7 @@ class Batch:
 
     def missing(self, shard: Shard = ALONE) -> list[int]:
         """Return the parts of a shard that are not there."""
-        mine = range(shard.rank, self.parts, shard.count)
+        mine = range(shard.rank, self.parts, shard.world)
         return [part for part in mine if not self.path(part).is_file()]
 
     def write(self, part: int, advance: Advance = lambda users: None) -> Path:

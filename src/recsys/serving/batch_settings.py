@@ -16,17 +16,17 @@ LIMITS = {"part_users": (1, 10_000_000), "batch": (1, 4_096), "threads": (1, 256
 
 
 class Shard(NamedTuple):
-    """Which of several processes this one is: it writes every `count`th part, from `rank` on."""
+    """Which of several processes this one is: it writes every `world`th part, from `rank` on."""
 
     rank: int = 0
-    count: int = 1
+    world: int = 1
 
     @classmethod
     def of(cls, text: str, environment: Mapping[str, str] = os.environ) -> Shard:
         """Read `i/n`, i from 0; where nothing is given, RANK and WORLD_SIZE, as torchrun sets them.
 
         >>> Shard.of("1/4"), Shard.of("", {"RANK": "2", "WORLD_SIZE": "3"}), Shard.of("", {})
-        (Shard(rank=1, count=4), Shard(rank=2, count=3), Shard(rank=0, count=1))
+        (Shard(rank=1, world=4), Shard(rank=2, world=3), Shard(rank=0, world=1))
         """
         said = text or f"{environment.get('RANK', 0)}/{environment.get('WORLD_SIZE', 1)}"
         match = re.fullmatch(r"(\d+)/(\d+)", said)

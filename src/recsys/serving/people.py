@@ -68,8 +68,8 @@ class People:
         there = Bundle(path, read_manifest(path, "dataset"))
         if bundle.has_time and not there.has_time:
             raise InputError(
-                f"dataset {path.name} has no times, and bundle {bundle.version} reads them; prepare "
-                "it from a log with timestamps, or name another --dataset"
+                f"dataset {path.name} has no times, and bundle {bundle.version} reads them; "
+                "prepare it from a log with timestamps, or name another --dataset"
             )
         items = _translation(there, bundle)
         known = int(np.count_nonzero(items))

@@ -114,8 +114,7 @@ def _notes(manifest: dict[str, Any]) -> list[str]:
 
 
 def _load(out: Path) -> str:
-    query = f"FROM '{out}/*.parquet' LIMIT 5"
-    return f"duckdb -c {shlex.quote(query)}"
+    return f"duckdb -c \"FROM '{out}/*.parquet' LIMIT 5\""
 
 
 def _finish() -> str:
