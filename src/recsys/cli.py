@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         outcome = arguments.run(arguments)
     except KeyboardInterrupt:
-        print("\nrecsys: interrupted; a training goes on with: recsys train resume=NAME")
+        more = {"recommend": "the same command goes on"}
+        again = more.get(arguments.verb, "a training goes on with: recsys train resume=NAME")
+        print(f"\nrecsys: interrupted; {again}")
         return 130
     except Exception as error:
         message = explain(error)
@@ -209,18 +211,18 @@ def promote(arguments: Arguments) -> Outcome:
 
 
 def recommend(arguments: Arguments) -> Outcome:
-    """One answer in the terminal, no server."""
-    from recsys.serving.terminal import answer_table, ask
+    """One answer in the terminal, or everyone's in a folder; no server."""
+    from recsys.serving import terminal
 
-    answer, path = ask(
-        Workspace().find("bundle", _bundle(arguments.bundle)),
-        user_id=arguments.user,
-        history=arguments.history,
-        k=arguments.k,
-        exclude_seen=not arguments.keep_seen,
-        weights=None if arguments.recency is None else {"recency": arguments.recency},
-    )
-    answer_table(answer)
+    workspace = Workspace()
+    path = workspace.find("bundle", _bundle(arguments.named or arguments.bundle))
+    request = terminal.request_of(arguments)
+    settings = terminal.batch_settings(arguments)
+    if settings is not None:
+        made, where, next_, facts = terminal.answer_all(path, request, settings, workspace)
+        return Outcome(made, where, next_, facts)
+    answer = terminal.ask(path, request)
+    terminal.answer_table(answer)
     return Outcome(f"{len(answer['items'])} recommendations", path, "recsys serve", answer)
 
 
@@ -307,6 +309,7 @@ def _add_compare(verbs: Any) -> None:
 
 def _add_serving(verbs: Any) -> None:
     about = "name, path, or models:/shop@champion"
+    from recsys.serving.batch_settings import BatchSettings
     from recsys.serving.settings import flags
 
     verb = _verb(verbs, "serve", serve, "bundle → answers over HTTP")
@@ -318,14 +321,20 @@ def _add_serving(verbs: Any) -> None:
     verb.add_argument("--server", metavar="URL", help="a running server (key: RECSYS_API_KEY)")
     verb.add_argument("--name", default="shop", help="registered model, without --server (shop)")
     verb.add_argument("--why", default="", help="kept in the server's record")
-    verb = _verb(verbs, "recommend", recommend, "one answer in the terminal, no server")
-    verb.add_argument("--bundle", default="latest", help=about)
+    verb = _verb(verbs, "recommend", recommend, "one answer in the terminal, or --all-users' files")
+    verb.add_argument("named", nargs="?", metavar="BUNDLE", help="the same as --bundle")
+    verb.add_argument("--bundle", default="latest", help="name, path, or models:/shop@champion")
     verb.add_argument("--user", metavar="USER_ID")
     verb.add_argument("--history", nargs="+", metavar="ITEM_ID", help="oldest first")
-    verb.add_argument("-k", type=int, default=10)
+    verb.add_argument("-k", "--top-k", dest="k", type=int, default=10, metavar="K")
     verb.add_argument("--keep-seen", action="store_true", help="may recommend seen items again")
     about = "0: what the history is about all along; 1: its newest turn; left out: the model's own"
     verb.add_argument("--recency", type=float, metavar="SHARE", help=about)
+    for flag in ("--exclude-items", "--allow-categories", "--deny-categories"):
+        verb.add_argument(flag, nargs="+", metavar="NAME")
+    verb.add_argument("--all-users", action="store_true", help="everyone's, as Parquet; then also:")
+    for flag, options in flags(BatchSettings):
+        verb.add_argument(flag, **options)
 
 
 def _add_ui(verbs: Any) -> None:

@@ -132,6 +132,11 @@ class ItemIndex:
         parts = [kinds.read(file) for file in files]
         return cls(Shards(parts) if len(parts) > 1 else parts[0], vectors_ND, facts)
 
+    @classmethod
+    def exact(cls, vectors_ND: NDArray[np.float32]) -> ItemIndex:
+        """Make an index that compares with every vector."""
+        return cls(_flat(np.ascontiguousarray(vectors_ND)), vectors_ND, {"kind": "flat"})
+
     def __len__(self) -> int:
         return len(self.vectors_ND)
 

@@ -117,16 +117,31 @@ class Engine:
         self.complaint = Complaint("ranker_failed")
 
     @classmethod
-    def load(cls, path: Path | str, *, threads: int = 1, verify: bool = True) -> Engine:
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        threads: int = 1,
+        verify: bool = True,
+        ranked: bool = True,
+        exact: bool = False,
+    ) -> Engine:
         """Open, verify and warm the bundle at `path`; each graph's call uses `threads` cores.
 
-        Raises InputError where the bundle is damaged, or a graph of it reads something unknown.
+        Without `ranked` a ranker of the bundle is left aside; `exact` scores every item in place of
+        the bundle's index. Raises InputError where the bundle is damaged, or a graph of it reads
+        something unknown.
         """
         bundle = Bundle.open(path, verify=verify)
         check_inputs(bundle.encoder_path, bundle.encoder_inputs, ENCODED)
         session = open_graph(bundle.encoder_path, threads)
-        index = ItemIndex.load(bundle.index_paths, bundle.vectors_ND, bundle.manifest["index"])
-        engine = cls(bundle, session, index, Ranker.load(bundle, threads))
+        vectors_ND, facts = bundle.vectors_ND, bundle.manifest["index"]
+        index = (
+            ItemIndex.exact(vectors_ND)
+            if exact
+            else ItemIndex.load(bundle.index_paths, vectors_ND, facts)
+        )
+        engine = cls(bundle, session, index, Ranker.load(bundle, threads) if ranked else None)
         engine.warm_up()
         return engine
 
@@ -157,9 +172,7 @@ class Engine:
         given_paths = paths or [None] * len(requests)
         readings = [self._read(*pair) for pair in zip(requests, given_paths, strict=True)]
         watch.lap("history")
-        sources = self._sources(readings, watch)
-        chosen = [self._chosen(source) for source in sources]
-        watch.lap("search" if self.ranker is None else "rank")
+        chosen = self.choose(readings, watch)
         items = [self.catalogue.recommended(*one.items) for one in chosen]
         watch.lap("answer")
         return [
@@ -177,6 +190,14 @@ class Engine:
             )
             for row, reading in enumerate(readings)
         ]
+
+    def choose(self, readings: Sequence[Reading], watch: Stopwatch | None = None) -> list[Chosen]:
+        """Return the items of each request, as indices."""
+        watch = watch or Stopwatch()
+        sources = self._sources(readings, watch)
+        chosen = [self._chosen(source) for source in sources]
+        watch.lap("search" if self.ranker is None else "rank")
+        return chosen
 
     def popular(self, request: RecommendRequest, path: UserPath | None = None) -> Answer:
         """Answer with popular items whatever the history, by the request's filters and rules.
@@ -293,6 +314,21 @@ class Engine:
         now = int(time.time() * 1000) if request.now is None else milliseconds(request.now)
         unknown = [*unknown_items]
         user, path = self._path(request, live, now, unknown)
+        return self.reading(request, user, path, now, unknown)
+
+    def reading(
+        self,
+        request: RecommendRequest,
+        user: int,
+        path: Trajectory,
+        now: int,
+        unknown: list[str],
+    ) -> Reading:
+        """Resolve a request of whom the path is known; `user` is a row plus one, 0 unknown.
+
+        now: milliseconds. unknown: ids of items in it that the bundle does not have.
+        Raises InputError where the request cannot be answered with this bundle.
+        """
         if not self.has_time and len(path.times):
             now = int(path.times[-1]) + 1
         out = set(path.items.tolist()) if request.exclude_seen else set()

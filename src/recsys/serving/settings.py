@@ -96,13 +96,13 @@ class ServeSettings:
             )
 
 
-def flags() -> list[tuple[str, dict[str, Any]]]:
+def flags(settings: type = ServeSettings) -> list[tuple[str, dict[str, Any]]]:
     """Return each setting as a command's flag: name, and what argparse needs to know.
 
     >>> dict(flags())["--port"]["help"]
     '0 takes any free one (default 8000)'
     """
-    return [("--" + f.name.replace("_", "-"), _argument(f)) for f in fields(ServeSettings)]
+    return [("--" + f.name.replace("_", "-"), _argument(f)) for f in fields(settings)]
 
 
 def _argument(setting: Any) -> dict[str, Any]:
@@ -110,6 +110,8 @@ def _argument(setting: Any) -> dict[str, Any]:
 
     default, about = setting.default, setting.metadata["about"]
     shown = f"{about} (default {default})" if isinstance(default, int | str) and default else about
+    if default is None:
+        return {"action": argparse.BooleanOptionalAction, "default": None, "help": about}
     if isinstance(default, bool):
         kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": None}
         return {**kind, "help": f"{about} (default {'on' if default else 'off'})"}
