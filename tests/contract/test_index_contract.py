@@ -11,7 +11,8 @@ import pytest
 from recsys.index import build as building
 from recsys.index import kinds
 from recsys.index.build import IndexSettings, build
-from recsys.index.search import Gathered, ItemIndex, Masked
+from recsys.index.delta import DeltaIndex, Within
+from recsys.index.search import Gathered, Gone, ItemIndex, Masked
 from recsys.index.shards import names
 from recsys.index.tuning import exact_top
 from recsys.schema import InputError
@@ -171,6 +172,65 @@ def test_a_subset_is_copied_where_it_is_narrow(index):
     assert narrow.holds(asked).tolist() == [True, True, False, False, False]
     assert broad.holds(asked).tolist() == [True, True, True, False, False]
     assert not index.subset(np.zeros(0, int)).holds(asked).any()
+
+
+NEW_MD = clustered(40, 9)
+GONE = np.arange(1, N + 1, 3)
+
+
+@pytest.fixture(scope="module")
+def changed(index):
+    """The index with new items beside it, a third of its own removed."""
+    mask = np.zeros(N + 1, bool)
+    mask[GONE] = True
+    return DeltaIndex(index, NEW_MD, Gone(mask, len(GONE)))
+
+
+def exact_now(queries_HD, k, out=(), among=None):
+    """Score all that is there now, the slow and certain way."""
+    scores = (np.concatenate([VECTORS_ND, NEW_MD]) @ queries_HD.T).max(axis=1)
+    left = np.setdiff1d(np.arange(1, len(scores) + 1), [*GONE, *out])
+    left = left if among is None else np.intersect1d(left, among)
+    return left[np.lexsort((left, -scores[left - 1]))][:k]
+
+
+@pytest.mark.parametrize("interests", [1, 3])
+def test_new_items_are_found_and_removed_ones_are_not(changed, interests):
+    queries_BHD = np.concatenate([NEW_MD[:8], QUERIES_BD[:40]]).reshape(-1, interests, D)
+    outs = [{*exact_now(q, 3).tolist()} for q in queries_BHD]
+    found = changed.nearest(queries_BHD, 20, outs)
+    wanted = [exact_now(q, 20, out) for q, out in zip(queries_BHD, outs, strict=True)]
+    hits = [np.isin(f, w).mean() for (f, _), w in zip(found, wanted, strict=True)]
+    assert np.mean(hits) >= (1.0 if changed.kind == "flat" else 0.97)
+    new = [{i for i in w.tolist() if i > N} for w in wanted]
+    assert any(new)
+    for (items, scores), added, query in zip(found, new, queries_BHD, strict=True):
+        assert {i for i in items if i > N} == added  # beside the index they are all looked at
+        assert not set(items) & set(GONE.tolist())
+        assert scores == sorted(scores, reverse=True)
+        np.testing.assert_allclose(scores, changed.score(query, np.array(items)), atol=1e-5)
+
+
+def test_a_subset_of_old_and_new_items(changed):
+    own, extra = np.arange(5, N + 1, 7), np.arange(len(NEW_MD)) % 2 == 0
+    within = Within(changed.base.subset(own), extra, N)
+    among = np.append(own, N + 1 + np.flatnonzero(extra))
+    for query in QUERIES_BD[:8]:
+        found = changed.nearest(query[None, None], 15, [set()], within)[0][0]
+        np.testing.assert_array_equal(found, exact_now(query[None], 15, among=among))
+    asked = np.array([5, 6, N, N + 1, N + 2])
+    assert within.holds(asked).tolist() == np.isin(asked, among).tolist()
+
+
+def test_all_that_is_there_now(changed):
+    found = changed.nearest(QUERIES_BD[:1, None], 10**6, [set()])[0][0]
+    assert sorted(found) == np.setdiff1d(np.arange(1, N + 41), GONE).tolist()
+    scores = changed.score_all(QUERIES_BD[:1])
+    assert np.isneginf(scores[[0, *GONE]]).all()
+    np.testing.assert_allclose(scores[N + 1 :], NEW_MD @ QUERIES_BD[0], atol=1e-5)
+    np.testing.assert_array_equal(
+        changed.vectors_ND[np.array([3, N + 5, 0])], [VECTORS_ND[3], NEW_MD[5], VECTORS_ND[0]]
+    )
 
 
 def test_of_equal_items_the_most_popular_comes_first():

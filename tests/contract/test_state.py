@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import lmdb
+import msgspec
 import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
@@ -21,6 +22,7 @@ from structlog.testing import capture_logs
 
 from recsys.schema import InputError
 from recsys.serving import state as state_module
+from recsys.serving.item_log import ItemChange
 from recsys.serving.state import (
     NOTHING,
     LoggedEvent,
@@ -840,3 +842,42 @@ def check_refuses_what_is_not_ours(server: RedisServer) -> None:
 
 def test_token_is_plain():
     assert Token(3, 5) == (3, 5, ())
+
+
+def change(item_id: str, removed: bool = False, **other) -> ItemChange:
+    return ItemChange(item_id, removed, 5, **other)
+
+
+def test_items_newest_change_counts(state):
+    assert state.items.since(0) == (0, [])
+    whole = change("名" * 900, vector=b"1234", space="s", like=["a"], features={"n": 1}, by="me")
+    assert state.items.put([change("a"), whole, change("a", removed=True)]) == 3
+    newest, changes = state.items.since(0)
+    assert newest == 3
+    assert [(one.item_id, one.number) for one in changes] == [(whole.item_id, 2), ("a", 3)]
+    assert changes[0] == msgspec.structs.replace(whole, number=2)
+    assert changes[1].removed
+    assert state.items.since(2).changes == changes[1:]
+    assert state.items.since(3) == (3, [])
+    assert state.items.put([change("a")]) == 4
+    assert [one.item_id for one in state.items.since(3).changes] == ["a"]
+
+
+def test_items_are_forgotten_unless_they_changed_since(state):
+    state.items.put([change("a"), change("b")])
+    _, changes = state.items.since(0)
+    state.items.put([change("b", removed=True)])
+    assert state.items.forget(changes) == 1
+    newest, left = state.items.since(0)
+    assert (newest, [(one.item_id, one.number) for one in left]) == (3, [("b", 3)])
+    assert state.items.forget([]) == 0
+    assert state.items.put([change("a")]) == 4
+
+
+def test_items_are_seen_through_another_handle_and_after_a_restart(place):
+    first, second = place.open(), place.open()
+    first.items.put([change("a")])
+    assert [one.item_id for one in second.items.since(0).changes] == ["a"]
+    first.close()
+    second.close()
+    assert place.open().items.since(0).newest == 1

@@ -167,7 +167,15 @@ def test_recsys_train_starts_the_processes_itself(
     trained: tuple, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        main("train trainer=ddp trainer.devices=1 trainer.accelerator=cpu data.dataset=no".split())
+        main(
+            [
+                "train",
+                "trainer=ddp",
+                "trainer.devices=1",
+                "trainer.accelerator=cpu",
+                "data.dataset=no",
+            ]
+        )
     assert end.value.code == 2
     said = capfd.readouterr().err
     assert said.count("no dataset named 'no'") == 1

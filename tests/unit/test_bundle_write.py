@@ -194,7 +194,7 @@ def test_opens_without_torch(bundle: Path) -> None:
         "import sys, numpy as np; from recsys.index.bundle import Bundle; "
         f"b = Bundle.open({str(bundle)!r}); b.vectors_ND.sum(); b.users; b.item_index; "
         "from recsys.index.search import ItemIndex; "
-        "ItemIndex.load(b.index_path, b.vectors_ND, b.manifest['index']); "
+        "ItemIndex.load(b.index_paths, b.vectors_ND, b.manifest['index']); "
         "heavy = {'torch', 'pytorch_lightning', 'hydra', 'pandas', 'mlflow', 'duckdb'}; "
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -92,6 +93,17 @@ class Masked:
 Subset = Gathered | Masked
 
 
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """Items that were removed since the index was built: bool [N + 1] by item index, and how many.
+
+    However many they are, a search passes over them at the price of a look at the mask.
+    """
+
+    mask: NDArray[np.bool_]
+    count: int
+
+
 class ItemIndex:
     """A FAISS index beside the vectors that it was built from.
 
@@ -165,25 +177,26 @@ class ItemIndex:
         k: int,
         outs: Sequence[Out],
         subset: Subset | None = None,
+        gone: Gone | None = None,
     ) -> list[Hits]:
         """Return each request's best items, up to `k`, over all its interests, without repeats.
 
         outs: item indices to pass over, a set a request. subset: the only items to answer with.
+        gone: items that no request is answered with.
         """
         queries_BHD = np.ascontiguousarray(queries_BHD, np.float32)
         size = _size(subset, len(self))
         found: dict[int, Hits] = {} if size else dict.fromkeys(range(len(outs)), ([], []))
         for attempt in range(self._attempts(subset)):
             left = [row for row in range(len(outs)) if row not in found]
-            for rows, width in self._together(left, k, outs, subset, attempt):
-                for row, ranked in zip(
-                    rows, self._ranked(queries_BHD[rows], min(width, size), subset), strict=True
-                ):
+            for rows, width in self._together(left, k, outs, subset, gone, attempt):
+                lists = self._ranked(queries_BHD[rows], min(width, size), subset, gone)
+                for row, ranked in zip(rows, lists, strict=True):
                     hits = _best(*ranked, k, outs[row], queries_BHD.shape[1] > 1)
                     if len(hits[0]) >= k or self._is_all(hits, width, outs[row], subset):
                         found[row] = hits
         return [
-            found[row] if row in found else self._scanned(queries_BHD[row], k, out, subset)
+            found[row] if row in found else self._scanned(queries_BHD[row], k, out, subset, gone)
             for row, out in enumerate(outs)
         ]
 
@@ -220,20 +233,12 @@ class ItemIndex:
 
     def score_all(self, queries_HD: NDArray[np.float32]) -> Scores:
         """Return all items' best inner products over the interests: float32 [N + 1], 0 is -inf."""
-        import faiss
+        return np.append(np.float32(-np.inf), products(queries_HD, self.vectors_ND))
 
-        best_N = np.full(len(self) + 1, -np.inf, np.float32)
-        scores_N = np.empty(len(self), np.float32)
-        for query_D in np.ascontiguousarray(queries_HD, np.float32):
-            faiss.fvec_inner_products_ny(
-                faiss.swig_ptr(scores_N),
-                faiss.swig_ptr(query_D),
-                faiss.swig_ptr(self.vectors_ND),
-                self.vectors_ND.shape[1],
-                len(self),
-            )
-            np.maximum(best_N[1:], scores_N, out=best_N[1:])
-        return best_N
+    @cached_property
+    def norms(self) -> Scores:
+        """The vectors' lengths: float32 [N]."""
+        return np.sqrt(np.einsum("nd,nd->n", self.vectors_ND, self.vectors_ND))
 
     def _attempts(self, subset: Subset | None) -> int:
         """Return how many searches to try before all items are scored."""
@@ -241,10 +246,16 @@ class ItemIndex:
         return 0 if hopeless else 2
 
     def _together(
-        self, rows: list[int], k: int, outs: Sequence[Out], subset: Subset | None, attempt: int
+        self,
+        rows: list[int],
+        k: int,
+        outs: Sequence[Out],
+        subset: Subset | None,
+        gone: Gone | None,
+        attempt: int,
     ) -> list[tuple[list[int], int]]:
         """Group requests that are searched with the same effort, so that a batch changes none."""
-        spare = SPARE if isinstance(subset, Masked) else 0
+        spare = SPARE if isinstance(subset, Masked) else min(gone.count, SPARE) if gone else 0
         widths = {
             row: WIDER * (k + len(outs[row])) if attempt else k + min(len(outs[row]), SPARE) + spare
             for row in rows
@@ -255,7 +266,7 @@ class ItemIndex:
         return [(members, max(widths[row] for row in members)) for members in groups.values()]
 
     def _ranked(
-        self, queries_BHD: NDArray[np.float32], width: int, subset: Subset | None
+        self, queries_BHD: NDArray[np.float32], width: int, subset: Subset | None, gone: Gone | None
     ) -> Iterable[tuple[Indices, Scores]]:
         """Return what one search finds for each request: items and scores, best first.
 
@@ -272,6 +283,8 @@ class ItemIndex:
             indices, kind = ids + 1, self.kind
         if isinstance(subset, Masked):
             indices = np.where(subset.mask[indices], indices, PAD)
+        if gone:
+            indices = np.where(gone.mask[indices], PAD, indices)
         if interests == 1 and kind not in CODED:
             return zip(indices, scores, strict=True)
         shape = (batch, interests, -1)
@@ -306,16 +319,46 @@ class ItemIndex:
         return self.parameters[steps]
 
     def _scanned(
-        self, queries_HD: NDArray[np.float32], k: int, out: Out, subset: Subset | None
+        self,
+        queries_HD: NDArray[np.float32],
+        k: int,
+        out: Out,
+        subset: Subset | None,
+        gone: Gone | None,
     ) -> Hits:
         """Score all items: where too few were found near the query, so rare that it may be slow."""
         scores_N = self.score_all(queries_HD)
-        scores_N[np.fromiter(out, np.int64, len(out))] = -np.inf
+        scores_N[[item for item in out if item <= len(self)]] = -np.inf
+        if gone:
+            scores_N[gone.mask] = -np.inf
         if isinstance(subset, Masked):
             scores_N[~subset.mask] = -np.inf
         best = np.argpartition(-scores_N, min(k, len(self)) - 1)[:k]
         best = best[scores_N[best] > -np.inf]
         return _best(*_ordered(best, scores_N[best]), k, frozenset())
+
+
+def products(queries_HD: NDArray[np.float32], vectors_ND: NDArray[np.float32]) -> Scores:
+    """Return each vector's best inner product over the interests: float32 [N].
+
+    >>> products(np.eye(2, dtype=np.float32), np.array([[1, 3], [2, 1]], np.float32)).tolist()
+    [3.0, 2.0]
+    """
+    import faiss
+
+    best_N = np.full(len(vectors_ND), -np.inf, np.float32)
+    scores_N = np.empty(len(vectors_ND), np.float32)
+    for query_D in np.ascontiguousarray(queries_HD, np.float32):
+        # Not NumPy's product: its BLAS wakes a thread a core, and waits for those that are busy.
+        faiss.fvec_inner_products_ny(
+            faiss.swig_ptr(scores_N),
+            faiss.swig_ptr(query_D),
+            faiss.swig_ptr(vectors_ND),
+            vectors_ND.shape[1],
+            len(vectors_ND),
+        )
+        np.maximum(best_N, scores_N, out=best_N)
+    return best_N
 
 
 def _steps(width: int) -> int:

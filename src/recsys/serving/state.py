@@ -12,11 +12,14 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from recsys.schema import EVENT_TYPES, InputError, suggestion, type_code
+
+if TYPE_CHECKING:
+    from recsys.serving.item_log import ItemLog
 
 FORMAT = b"2"
 """Version of what a store holds; a store of another version is refused."""
@@ -79,6 +82,10 @@ class UserState(Protocol):
 
     Every method raises StateUnavailable where the store does not answer, and may be called again.
     """
+
+    @property
+    def items(self) -> ItemLog:
+        """The items that were added and removed: kept in the same place."""
 
     def append(self, events: Sequence[LoggedEvent]) -> list[Outcome]:
         """Take events, all or none; they are durable when this returns what became of each.
