@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.data.coding import Kept
+from recsys.data.coding import RANKED, Kept
 from recsys.data.dataset import EVENT_ARRAYS
-from recsys.data.engines import CHUNK, batches, keep
+from recsys.data.engines import CHUNK, Engine, batches, keep
 from recsys.data.features import typed, write_features
 from recsys.data.splits import SplitRule, count_items
 from recsys.schema import EVENT_TYPES, InputError
@@ -19,15 +19,13 @@ if TYPE_CHECKING:
     import ibis
 
 
-def write_events(
-    con: ibis.BaseBackend, kept: Kept, folder: Path, has_time: bool
-) -> NDArray[np.int64]:
+def write_events(engine: Engine, kept: Kept, folder: Path, has_time: bool) -> NDArray[np.int64]:
     """Stream events by (user rank, time, source order) into `.npy` files; return the offsets.
 
     `items.npy` holds item codes for now. Where there is no time, `times` are places.
     """
     folder.mkdir()
-    counts = kept.users.order_by("rank").select("count").to_pyarrow()["count"].to_numpy()
+    counts = engine.here(RANKED).order_by("rank").select("count").to_pyarrow()["count"].to_numpy()
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     np.save(folder / "offsets.npy", offsets)
     ordered = (
@@ -40,7 +38,7 @@ def write_events(
     files = {name: _npy(folder / f"{name}.npy", name, total) for name in EVENT_ARRAYS}
     try:
         written = 0
-        for batch in batches(con, ordered):
+        for batch in engine.batches(ordered):
             columns = {name: batch.column(name) for name in EVENT_ARRAYS}
             arrays = {k: v.to_numpy(zero_copy_only=False) for k, v in columns.items()}
             if not has_time:

@@ -1,7 +1,7 @@
 """Event log → dataset: filters, vocabularies, order and split, in bounded memory.
 
-Everything that grows with the log is an Ibis expression (`coding`) on DuckDB (`engines`), which
-spills to disk past `memory_limit`; the result streams into flat files (`flat`).
+Everything that grows with the log is an Ibis expression (`coding`) on DuckDB, which spills to
+disk past `memory_limit`, or on Spark (`engines`); the result streams into flat files (`flat`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,9 @@ from recsys.artifacts import (
     write_manifest,
     writing,
 )
-from recsys.data.coding import Coded, Kept, encoded, filtered
+from recsys.data.coding import CODES, RANKED, encoded, filtered
 from recsys.data.dataset import Dataset
-from recsys.data.engines import batches, connected, count, keep
+from recsys.data.engines import Engine, batches, count, engine_of, keep
 from recsys.data.features import check_key, feature_kinds
 from recsys.data.flat import (
     any_value,
@@ -40,6 +40,7 @@ from recsys.data.flat import (
 )
 from recsys.data.settings import STAYS_THE_SAME, PrepareSettings, plain, resolved
 from recsys.data.sources import Source
+from recsys.data.sources.parts import engine_errors, lacks
 from recsys.data.splits import SplitRule, split_rule
 from recsys.schema import InputError
 
@@ -48,6 +49,14 @@ if TYPE_CHECKING:
 
     from recsys.data.impressions import Shown
     from recsys.data.sources import Tables
+
+
+class Known(NamedTuple):
+    """Ids with their codes, and users left with count and rank: tables of DuckDB."""
+
+    users: ibis.Table
+    items: ibis.Table
+    ranked: ibis.Table
 
 
 def prepare(
@@ -69,11 +78,11 @@ def prepare(
     if not _is_ready(path):
         with (
             _scratch(path.parent, chosen) as scratch,
-            connected(chosen, scratch) as con,
+            engine_of(chosen, scratch) as engine,
             writing(path) as folder,
             _room(path.parent, chosen, facts),
         ):
-            _make(con, folder, scratch, chosen, source, rule, facts, stage)
+            _make(engine, folder, scratch, chosen, source, rule, facts, stage)
     workspace.mark_latest("dataset", path)
     return Dataset(path)
 
@@ -85,7 +94,7 @@ def _is_ready(path: Path) -> bool:
 
 
 def _make(
-    con: ibis.BaseBackend,
+    engine: Engine,
     folder: Path,
     scratch: Path,
     settings: PrepareSettings,
@@ -97,27 +106,31 @@ def _make(
     """Write a whole dataset into `folder`."""
     began = time.monotonic()
     stage("reading")
-    tables = source.read(con, Path(settings.path) if settings.path else None, scratch)
+    tables = engine.read(source, Path(settings.path) if settings.path else None, scratch)
     _check_time(rule, tables.has_time)
     item_kinds = _kinds(tables.items, "item_id", settings.item_features)
     user_kinds = _kinds(tables.users, "user_id", settings.user_features)
+    con = engine.local
     shown = _shown(con, tables, settings.request_features)
-    coded = encoded(con, tables.events, shown)
+    ids = None if shown is None else _ids_of(engine, shown)
+    with tables.blaming():
+        coded = encoded(engine, tables.events, ids)
     stage("filtering")
-    kept = filtered(con, coded, settings, shown)
+    kept = filtered(engine, coded, settings, ids)
+    known = Known(*(engine.here(name) for name in (CODES["user"], CODES["item"], RANKED)))
     stage("sorting")
-    offsets = write_events(con, kept, folder / "events", tables.has_time)
+    offsets = write_events(engine, kept, folder / "events", tables.has_time)
     stage("indexing")
     if offsets[-1]:
         where, popularity = index_items(folder / "events", offsets, rule)
     else:
         where, popularity = _without_events(con, rule, shown)
-    popularity = _with_shown_items(popularity, coded, settings, shown)
-    write_items(con, coded.items, popularity, tables.items, item_kinds, folder)
-    write_users(con, coded.users, kept.users, tables.users, user_kinds, folder)
+    popularity = _with_shown_items(popularity, known, settings, shown)
+    write_items(con, known.items, popularity, tables.items, item_kinds, folder)
+    write_users(con, known.users, known.ranked, tables.users, user_kinds, folder)
     if shown is not None:
         stage("writing impressions")
-    impressions = _write_shown(con, shown, coded, kept, folder)
+    impressions = _write_shown(con, shown, known, folder)
     event_types = occurring(folder / "events") if offsets[-1] else []
     write_manifest(
         folder,
@@ -137,6 +150,7 @@ def _make(
         source_rows=count(coded.events) + sum(tables.dropped.values()),
         dropped={**tables.dropped, **kept.dropped, **tables.dropped_requests},
         seconds=round(time.monotonic() - began, 3),
+        **({"skipped": list(tables.skipped)} if tables.skipped else {}),
     )
 
 
@@ -174,6 +188,10 @@ def _shown(con: ibis.BaseBackend, tables: Tables, declared: Mapping[str, str]) -
     return checked(tables.impressions, tables.labels, declared, partial(keep, con))
 
 
+def _ids_of(engine: Engine, shown: Shown) -> ibis.Table:
+    return engine.take("shown_ids", shown.table.select("user_id", "item_id"))
+
+
 def _without_events(
     con: ibis.BaseBackend, rule: SplitRule, shown: Shown | None
 ) -> tuple[dict[str, Any], dict[str, NDArray]]:
@@ -189,7 +207,7 @@ def _without_events(
 
 def _with_shown_items(
     popularity: dict[str, NDArray],
-    coded: Coded,
+    known: Known,
     settings: PrepareSettings,
     shown: Shown | None,
 ) -> dict[str, NDArray]:
@@ -197,7 +215,7 @@ def _with_shown_items(
     if shown is None or settings.least("item") > 1:
         return popularity
     ids = shown.table.select("item_id").distinct()
-    codes = coded.items.semi_join(ids, "item_id").order_by("item").select("item")
+    codes = known.items.semi_join(ids, "item_id").order_by("item").select("item")
     extra = np.setdiff1d(codes.to_pyarrow()["item"].to_numpy(), popularity["item"])
     zeros = np.zeros(len(extra), np.int64)
     more = {"item": extra, "count": zeros, "train_count": zeros}
@@ -205,14 +223,14 @@ def _with_shown_items(
 
 
 def _write_shown(
-    con: ibis.BaseBackend, shown: Shown | None, coded: Coded, kept: Kept, folder: Path
+    con: ibis.BaseBackend, shown: Shown | None, known: Known, folder: Path
 ) -> dict[str, Any] | None:
     if shown is None:
         return None
     from recsys.data.impressions import write_impressions
 
-    users = coded.users.join(kept.users, "user").select("user_id", "rank")
-    ranked = coded.items.join(con.table("ranked_items"), "item")
+    users = known.users.join(known.ranked, "user").select("user_id", "rank")
+    ranked = known.items.join(con.table("ranked_items"), "item")
     items = ranked.select("item_id", index=ranked["rank"] + 1)
     file = folder / "impressions.parquet"
     return write_impressions(shown, users, items, file, partial(keep, con), partial(batches, con))
@@ -236,24 +254,23 @@ def _scratch(folder: Path, settings: PrepareSettings) -> Iterator[Path]:
 @contextmanager
 def _room(folder: Path, settings: PrepareSettings, facts: dict[str, Any]) -> Iterator[None]:
     """Say which place is full, or that memory is too small, and what to do about it."""
-    import duckdb
-
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(_full(folder, settings, facts)) from error
-    except duckdb.OutOfMemoryException as error:
-        raise InputError(
-            f"preparing needs more than data.memory_limit={settings.memory_limit} with "
-            f"data.threads={settings.threads}; give it more, e.g. data.memory_limit=8GB, "
-            "or data.threads=1"
-        ) from error
-    except duckdb.IOException as error:
-        if "No space left" not in str(error):
-            raise
-        raise InputError(_full(folder, settings, facts)) from error
+    except engine_errors() as error:
+        lack = lacks(error)
+        if lack == "disk":
+            raise InputError(_full(folder, settings, facts)) from error
+        if lack == "memory":
+            raise InputError(
+                f"preparing needs more than data.memory_limit={settings.memory_limit} with "
+                f"data.threads={settings.threads}; give it more, e.g. data.memory_limit=8GB, "
+                "or data.threads=1"
+            ) from error
+        raise
 
 
 def _full(folder: Path, settings: PrepareSettings, facts: dict[str, Any]) -> str:

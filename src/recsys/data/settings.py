@@ -12,8 +12,9 @@ from recsys.data.sources import Source
 from recsys.data.splits import SplitRule
 from recsys.schema import InputError, suggestion
 
-STAYS_THE_SAME = ("memory_limit", "threads", "spill")
+STAYS_THE_SAME = ("memory_limit", "threads", "spill", "engine", "master")
 """Settings that change how a dataset is made but not what is in it."""
+ENGINES = ("duckdb", "spark")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class PrepareSettings:
     item_features, user_features, request_features: column → kind, where the guess from its type
     is wrong; those of requests are the context columns of impressions.
     memory_limit: DuckDB's, e.g. 2GB; past it data spill to `spill` (default: beside the dataset).
+    engine: duckdb, or spark for what grows with the log; the dataset is the same to the byte.
+    master: Spark's, e.g. spark://host:7077 or local[8]; by default that of the session that runs or
+    of `spark-submit`, else this machine with `threads` and `memory_limit`.
     """
 
     name: str
@@ -40,6 +44,8 @@ class PrepareSettings:
     memory_limit: str = "2GB"
     threads: int = 2
     spill: str | None = None
+    engine: str = "duckdb"
+    master: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):
@@ -48,6 +54,16 @@ class PrepareSettings:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise InputError(f"data.{name}={value}: expected a whole number, at least 1")
+        if self.engine not in ENGINES:
+            raise InputError(
+                f"data.engine={self.engine}: expected one of {', '.join(ENGINES)}"
+                + suggestion(self.engine, ENGINES)
+            )
+        if self.master is not None and self.engine != "spark":
+            raise InputError(
+                f"data.master={self.master} is Spark's and has no effect on {self.engine}; leave "
+                "it out, or type data.engine=spark"
+            )
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> PrepareSettings:

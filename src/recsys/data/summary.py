@@ -26,6 +26,7 @@ def summary(dataset: Dataset) -> RichTable:
         "items": f"{dataset.num_items:,}",
         "events": f"{int(lengths.sum()):,} of {manifest['source_rows']:,} read",
         "dropped": ", ".join(f"{n:,} {why}" for why, n in manifest["dropped"].items()),
+        "not read": _skipped(manifest.get("skipped", [])),
         "event types": ", ".join(manifest["event_types"]),
         "events a user": _lengths(lengths),
         "impressions": _impressions(manifest.get("impressions")),
@@ -41,6 +42,11 @@ def summary(dataset: Dataset) -> RichTable:
         if value:
             table.add_row(name, value)
     return table
+
+
+def _skipped(what: list[str]) -> str:
+    more = f"; and {len(what) - 3} more in its manifest" if len(what) > 3 else ""
+    return f"{len(what)}: {'; '.join(what[:3])}{more}" if what else ""
 
 
 def _lengths(lengths: NDArray[np.int64]) -> str:
