@@ -22,11 +22,12 @@ from recsys.evaluation.significance import RANKS
 from recsys.training.runs import LAST
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+ON_CPU = "trainer.accelerator=cpu"
 EXACT = "patience=null model.dropout=0 trainer.log_every_n_steps=1 trainer.max_epochs=2"
 # 120 users in batches of 7: the last batch has one, and a process without an example.
 TRAJECTORY = (
     f"{EXACT} data.dataset=ring model.dim=16 batches.size=7 batches.horizon=2 "
-    "loss.products=fp32 objective.type_weights={purchase:4} checkpoint_every.steps=5"
+    "loss.products=fp32 objective.type_weights={purchase:4} checkpoint_every.steps=5 averaging=0.5"
 )
 TWO_TOWER = (
     f"{EXACT} data.dataset=ring model=two_tower batches=pairs loss=in_batch_softmax "
@@ -79,7 +80,7 @@ def trained(
             assert main(f"train {command} trainer=cpu name={name}-1".split()) == 0
         script = folder / "script.py"
         script.write_text(SCRIPT)
-        ddp = "trainer=ddp trainer.accelerator=cpu"
+        ddp = f"trainer=ddp {ON_CPU}"
         words = [f"train {command} {ddp} name={n}-2" for n, command in COMMANDS.items()]
         words.append(f"train {ddp} data.dataset=none name=wrong")
         torchrun = [*TORCHRUN, "--max-restarts=1", str(script), *words]
@@ -167,15 +168,7 @@ def test_recsys_train_starts_the_processes_itself(
     trained: tuple, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        main(
-            [
-                "train",
-                "trainer=ddp",
-                "trainer.devices=1",
-                "trainer.accelerator=cpu",
-                "data.dataset=no",
-            ]
-        )
+        main(["train", "data.dataset=no", "trainer=ddp", "trainer.devices=1", ON_CPU])
     assert end.value.code == 2
     said = capfd.readouterr().err
     assert said.count("no dataset named 'no'") == 1

@@ -51,7 +51,7 @@ class Catalogue:
             has_types=dataset.has_types,
             has_values=dataset.has_values,
             item_codes=_codes(dataset.items, kinds[0]),
-            user_codes=_codes(dataset.users, kinds[1]),
+            user_codes=_codes(dataset.users, kinds[1]) if kinds[1] else {},
             item_vectors={
                 name: _vectors(dataset.items[name])
                 for name, kind in kinds[0].items()
