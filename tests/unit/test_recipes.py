@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -117,11 +118,22 @@ def test_the_settings_of_the_jobs_exist() -> None:
 # --- run here ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def shop(workspace: Workspace, ring_csv: Path) -> Workspace:
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, ring_csv: Path) -> Workspace:
     """A workspace with a dataset, `latest`."""
-    assert main(["prepare", "data=events", f"data.path={ring_csv}"]) == 0
-    return workspace
+    root = tmp_path_factory.mktemp("recipes") / "workspace"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECSYS_HOME", str(root))
+        assert main(["prepare", "data=events", f"data.path={ring_csv}"]) == 0
+        return Workspace()
+
+
+@pytest.fixture
+def shop(prepared: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """The workspace that the scripts use, too; what a test adds to it stays."""
+    monkeypatch.setenv("RECSYS_HOME", str(prepared.root))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return prepared
 
 
 def start(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -141,16 +153,6 @@ needs_processes = pytest.mark.skipif(
 )
 
 
-@needs_processes
-def test_torchrun_trains_once(shop: Workspace) -> None:
-    command = [TRAINING / "torchrun.sh", "two", *TINY]
-    done = start(*command, PROCESSES="2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (shop.folder("run") / "two" / "manifest.json").is_file()
-    again = start(*command, PROCESSES="2")
-    assert "run two is finished" in again.stdout
-
-
 STAND_INS = {
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"',
     "scontrol": 'case $1 in show) echo localhost;; *) echo "$@" >> "$SCONTROL_LOG";; esac',
@@ -158,21 +160,32 @@ STAND_INS = {
 """SLURM's commands on one machine: run it here; name this machine, note a requeue."""
 
 
-@needs_processes
-def test_slurm_goes_on_with_an_interrupted_run(shop: Workspace, tmp_path: Path) -> None:
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    for name, text in STAND_INS.items():
+def slurm(folder: Path, home: Path, *words: str, **stand_ins: str) -> str:
+    """Run the script of the batch job on this machine, two processes; return what it printed."""
+    folder.mkdir(exist_ok=True)
+    for name, text in {**STAND_INS, **stand_ins}.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
         (folder / name).chmod(0o755)
-    env = {"FIRST": str(folder), "RECSYS_HOME": str(shop.root), "PROCESSES": "2"}
+    env = {"FIRST": str(folder), "SCONTROL_LOG": str(folder / "log"), "RECSYS_HOME": str(home)}
     env |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "7"}
-    begun = ["train", "trainer=cpu", *TINY, "name=cut", "checkpoint_every.steps=1"]
-    assert main(begun) == 0
-    (shop.folder("run") / "cut" / "manifest.json").unlink()  # as if killed before its test
-    done = start("bash", TRAINING / "slurm.sbatch", "cut", *TINY, **env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (shop.folder("run") / "cut" / "manifest.json").is_file()
+    env |= {"PROCESSES": "2", "RESTARTS": "0"}
+    done = start("bash", TRAINING / "slurm.sbatch", *words, **env)
+    assert done.returncode == 0 or stand_ins, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(
+    not (CHECKOUT / "configs" / "trainer" / "ddp.yaml").is_file(), reason="trainer=ddp is not here"
+)
+def test_slurm_and_torchrun_train_and_go_on(shop: Workspace, tmp_path: Path) -> None:
+    """The same job three times: a new run, the same one cut off before its end, and finished."""
+    manifest = shop.folder("run") / "shop" / "manifest.json"
+    assert "Made   run shop" in slurm(tmp_path / "slurm", shop.root, "shop", *TINY)
+    epochs = json.loads(manifest.read_text())["history"]
+    manifest.unlink()
+    assert "Made   run shop" in slurm(tmp_path / "slurm", shop.root, "shop", *TINY)
+    assert json.loads(manifest.read_text())["history"] == epochs, "gone on with, not begun again"
+    assert "run shop is finished" in slurm(tmp_path / "slurm", shop.root, "shop", *TINY)
 
 
 def test_slurm_asks_for_what_it_uses() -> None:
@@ -189,23 +202,14 @@ def test_slurm_asks_for_what_it_uses() -> None:
 
 def test_slurm_queues_again_when_its_time_is_up(tmp_path: Path) -> None:
     """The script as it is, with a training that is still busy when USR1 comes."""
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    stand_ins = STAND_INS | {"srun": "kill -USR1 $PPID\nsleep 0.2"}
-    for name, text in stand_ins.items():
-        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
-        (folder / name).chmod(0o755)
-    log = tmp_path / "asked"
-    env = {"FIRST": str(folder), "RECSYS_HOME": str(tmp_path), "SCONTROL_LOG": str(log)}
-    env |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "a,b", "SLURM_JOB_ID": "7"}
-    start("bash", TRAINING / "slurm.sbatch", "any", **env)
-    assert log.read_text() == "requeue 7\n"
+    slurm(tmp_path / "slurm", tmp_path, "any", srun="kill -USR1 $PPID\nsleep 0.2")
+    assert (tmp_path / "slurm" / "log").read_text() == "requeue 7\n"
 
 
 def test_a_sweep_runs(shop: Workspace) -> None:
     assert shutil.which("recsys", path=str(Path(sys.executable).parent))
     done = start(TRAINING / "sweep.sh", "latest", "2", "trainer=cpu", *TINY)
     assert done.returncode == 0, done.stdout + done.stderr
-    runs = [path for path in shop.folder("run").iterdir() if not path.is_symlink()]
-    assert len(runs) == 2
-    assert list(shop.root.glob("sweeps/*/optimization_results.yaml"))
+    (found,) = shop.root.glob("sweeps/*/optimization_results.yaml")
+    assert 0 <= yaml.safe_load(found.read_text())["best_value"] <= 1
+    assert done.stdout.count("· test, 120 users") == 2
