@@ -80,7 +80,7 @@ class Batch:
     ) -> None:
         self.engine, self.people, self.settings, self.out = engine, people, settings, out
         plan = planned(engine, people, request, settings)
-        self.plan = agreed(out, plan, own_now=bool(settings.now))
+        self.plan = agreed(out, plan, own_now=request.now is not None)
         self.now = int(self.plan["request"]["now"])
         self.request = msgspec.structs.replace(request, now=self.now)
         self.item_ids = engine.bundle.items["item_id"].combine_chunks().cast(pa.string())
