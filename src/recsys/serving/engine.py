@@ -6,7 +6,7 @@ Shapes: B requests that have a history, H interests, D dim, C candidates, K answ
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -314,42 +314,43 @@ class Engine:
         now = int(time.time() * 1000) if request.now is None else milliseconds(request.now)
         unknown = [*unknown_items]
         user, path = self._path(request, live, now, unknown)
-        return self.reading(request, user, path, now, unknown)
+        return self.readings(request, [(user, path)], now, unknown)[0]
 
-    def reading(
+    def readings(
         self,
         request: RecommendRequest,
-        user: int,
-        path: Trajectory,
+        people: Iterable[tuple[int, Trajectory]],
         now: int,
         unknown: list[str],
-    ) -> Reading:
-        """Resolve a request of whom the path is known; `user` is a row plus one, 0 unknown.
+    ) -> list[Reading]:
+        """Resolve one request for people by their rows plus one, 0 for unknown, and their paths.
 
         now: milliseconds. unknown: ids of items in it that the bundle does not have.
         Raises InputError where the request cannot be answered with this bundle.
         """
-        if not self.has_time and len(path.times):
-            now = int(path.times[-1]) + 1
-        out = set(path.items.tolist()) if request.exclude_seen else set()
-        if request.exclude_items:
-            out.update(self._indices(request.exclude_items, unknown))
+        excluded = self._indices(request.exclude_items, unknown)
         chosen = self.catalogue.filter(request.allow_categories, request.deny_categories)
         rules = rules_of(request, self.catalogue, self.boosts)
-        requested, weights_T = self._asked_of_ranker(request, user, now)
-        return Reading(
-            path=path.last(self.reach),
-            out=out,
-            filter=chosen,
-            rules=rules,
-            user=user,
-            now=now,
-            recency=self._recency(request),
-            k=request.k,
-            ignored=ignored(unknown, chosen, rules),
-            requested=requested,
-            weights_T=weights_T,
-        )
+        lacking, recency = ignored(unknown, chosen, rules), self._recency(request)
+        readings = []
+        for user, path in people:
+            at = now if self.has_time or not len(path.times) else int(path.times[-1]) + 1
+            requested, weights_T = self._asked_of_ranker(request, user, at)
+            reading = Reading(
+                path=path.last(self.reach),
+                out={*excluded, *(path.items.tolist() if request.exclude_seen else ())},
+                filter=chosen,
+                rules=rules,
+                user=user,
+                now=at,
+                recency=recency,
+                k=request.k,
+                ignored=lacking,
+                requested=requested,
+                weights_T=weights_T,
+            )
+            readings.append(reading)
+        return readings
 
     def _asked_of_ranker(
         self, request: RecommendRequest, user: int, now: int
