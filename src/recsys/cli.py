@@ -214,14 +214,10 @@ def recommend(arguments: Arguments) -> Outcome:
     """One answer in the terminal, or everyone's in a folder; no server."""
     from recsys.serving import terminal
 
-    workspace = Workspace()
-    path = workspace.find("bundle", _bundle(arguments.named or arguments.bundle))
-    request = terminal.request_of(arguments)
-    settings = terminal.batch_settings(arguments)
-    if settings is not None:
-        made, where, next_, facts = terminal.answer_all(path, request, settings, workspace)
-        return Outcome(made, where, next_, facts)
-    answer = terminal.ask(path, request)
+    arguments.bundle = _bundle(arguments.bundle)
+    if arguments.all_users:
+        return Outcome(*terminal.answer_all(terminal.batch_of(arguments, Workspace())))
+    answer, path = terminal.ask(arguments, Workspace())
     terminal.answer_table(answer)
     return Outcome(f"{len(answer['items'])} recommendations", path, "recsys serve", answer)
 
@@ -322,7 +318,8 @@ def _add_serving(verbs: Any) -> None:
     verb.add_argument("--name", default="shop", help="registered model, without --server (shop)")
     verb.add_argument("--why", default="", help="kept in the server's record")
     verb = _verb(verbs, "recommend", recommend, "one answer in the terminal, or --all-users' files")
-    verb.add_argument("named", nargs="?", metavar="BUNDLE", help="the same as --bundle")
+    unless = argparse.SUPPRESS
+    verb.add_argument("bundle", nargs="?", default=unless, metavar="BUNDLE", help="as --bundle")
     verb.add_argument("--bundle", default="latest", help="name, path, or models:/shop@champion")
     verb.add_argument("--user", metavar="USER_ID")
     verb.add_argument("--history", nargs="+", metavar="ITEM_ID", help="oldest first")
@@ -330,6 +327,10 @@ def _add_serving(verbs: Any) -> None:
     verb.add_argument("--keep-seen", action="store_true", help="may recommend seen items again")
     about = "0: what the history is about all along; 1: its newest turn; left out: the model's own"
     verb.add_argument("--recency", type=float, metavar="SHARE", help=about)
+    about = "what the bundle's ranker reads of the request: device=phone, budget=5, …"
+    verb.add_argument("--context", nargs="+", metavar="NAME=VALUE", help=about)
+    about = "the moment to answer for, ISO 8601 or seconds since 1970; left out: this one"
+    verb.add_argument("--now", metavar="TIME", help=about)
     for flag in ("--exclude-items", "--allow-categories", "--deny-categories"):
         verb.add_argument(flag, nargs="+", metavar="NAME")
     verb.add_argument("--all-users", action="store_true", help="everyone's, as Parquet; then also:")

@@ -392,13 +392,18 @@ def _ordered(indices: Indices, scores: Scores) -> tuple[Indices, Scores]:
 
 def _best(indices: Indices, scores: Scores, k: int, out: Out, repeats: bool = False) -> Hits:
     """Return the first `k` that are not to be passed over, of equal ones the smallest first."""
-    pairs = zip(indices.tolist(), scores.tolist(), strict=True)
     passed = {PAD, *out}
-    hits = [(index, score) for index, score in pairs if index not in passed]
-    if repeats:
-        hits = [*dict(reversed(hits)).items()][::-1]  # the first of each, which is its best
-        hits.sort(key=lambda hit: -hit[1])
-    kept, values = [index for index, _ in hits[:k]], [score for _, score in hits[:k]]
+    kept: list[int] = []
+    values: list[float] = []
+    for index, score in zip(indices.tolist(), scores.tolist(), strict=True):
+        if index in passed:
+            continue
+        if repeats:  # the first of each is its best
+            passed.add(index)
+        kept.append(index)
+        values.append(score)
+        if len(kept) == k:
+            break
     if len(set(values)) < len(values):  # smaller indices are more popular items
         kept = [index for _, index in sorted(zip([-value for value in values], kept, strict=True))]
     return kept, values

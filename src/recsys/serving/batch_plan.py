@@ -36,7 +36,7 @@ def planned(
     Raises InputError where the bundle cannot do what is asked.
     """
     _check(engine, request, settings)
-    given = milliseconds(settings.now) if settings.now else now_ms()
+    given = now_ms() if request.now is None else milliseconds(request.now)
     kept = asdict(settings)
     manifest = engine.bundle.manifest
     return {

@@ -53,7 +53,6 @@ class BatchSettings:
     )
     rank: bool | None = _set(None, "use the second stage; default: where the bundle has one")
     exact: bool = _set(False, "compare with every item, in place of the bundle's index")
-    now: str = _set("", "the moment to answer for; default: when the first part was begun")
     part_users: int = _set(20_000, "users of a part")
     batch: int = _set(256, "users that are encoded and searched together")
     threads: int = _set(2, "parts at work at a time, each on one core")

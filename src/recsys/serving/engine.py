@@ -324,47 +324,48 @@ class Engine:
         unknown = [*unknown_items]
         user, path = self._path(request, live, now, unknown)
         added = view.catalogue.added(_named(request, live)) if request.exclude_seen else ()
-        return self.reading(request, user, path, now, unknown, view, added)
+        return self.readings(request, [(user, path)], now, unknown, view, added)[0]
 
-    def reading(
+    def readings(
         self,
         request: RecommendRequest,
-        user: int,
-        path: Trajectory,
+        people: Iterable[tuple[int, Trajectory]],
         now: int,
         unknown: list[str],
         view: View | None = None,
         seen: Iterable[int] = (),
-    ) -> Reading:
-        """Resolve a request of whom the path is known; `user` is a row plus one, 0 unknown.
+    ) -> list[Reading]:
+        """Resolve one request for people by their rows plus one, 0 for unknown, and their paths.
 
         now: milliseconds. unknown: ids of items in it that the bundle does not have. seen: items
         beside those of the path that are not to be recommended again.
         Raises InputError where the request cannot be answered with this bundle.
         """
         view = view or self.base
-        if not self.has_time and len(path.times):
-            now = int(path.times[-1]) + 1
-        out = {*seen, *(path.items.tolist() if request.exclude_seen else ())}
-        if request.exclude_items:
-            out.update(_indices(view, request.exclude_items, unknown))
+        excluded = {*seen, *_indices(view, request.exclude_items, unknown)}
         chosen = view.catalogue.filter(request.allow_categories, request.deny_categories)
         rules = rules_of(request, view.catalogue, view.boosts)
-        requested, weights_T = self._asked_of_ranker(request, user, now)
-        return Reading(
-            view=view,
-            path=path.last(self.reach),
-            out=out,
-            filter=chosen,
-            rules=rules,
-            user=user,
-            now=now,
-            recency=self._recency(request),
-            k=request.k,
-            ignored=ignored(unknown, chosen, rules),
-            requested=requested,
-            weights_T=weights_T,
-        )
+        lacking, recency = ignored(unknown, chosen, rules), self._recency(request)
+        readings = []
+        for user, path in people:
+            at = now if self.has_time or not len(path.times) else int(path.times[-1]) + 1
+            requested, weights_T = self._asked_of_ranker(request, user, at)
+            reading = Reading(
+                view=view,
+                path=path.last(self.reach),
+                out={*excluded, *(path.items.tolist() if request.exclude_seen else ())},
+                filter=chosen,
+                rules=rules,
+                user=user,
+                now=at,
+                recency=recency,
+                k=request.k,
+                ignored=lacking,
+                requested=requested,
+                weights_T=weights_T,
+            )
+            readings.append(reading)
+        return readings
 
     def _asked_of_ranker(
         self, request: RecommendRequest, user: int, now: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from argparse import Namespace
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from recsys.artifacts import Workspace
 from recsys.schema import InputError
+from recsys.serving.batch import Batch, run
 from recsys.serving.batch_settings import BatchSettings, Shard
 from recsys.serving.engine import Engine
 from recsys.serving.messages import RecommendRequest, converted
@@ -32,47 +34,65 @@ def request_of(arguments: Namespace) -> RecommendRequest:
         "allow_categories": arguments.allow_categories,
         "deny_categories": arguments.deny_categories,
         "weights": None if recency is None else {"recency": recency},
+        "now": None if arguments.now is None else _value(arguments.now),
+        "context": dict(map(_named, arguments.context or ())),
     }
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return converted(chosen, RecommendRequest)
 
 
-def batch_settings(arguments: Namespace) -> BatchSettings | None:
-    """Return how to answer everyone, None where one answer is asked for; raise InputError."""
+def _named(word: str) -> tuple[str, Any]:
+    """Return what `NAME=VALUE` says; raise InputError.
+
+    >>> _named("device=phone"), _named("budget=5")
+    (('device', 'phone'), ('budget', 5))
+    """
+    name, equals, text = word.partition("=")
+    if not name or not equals:
+        raise InputError(f"--context {word}: expected NAME=VALUE, such as device=phone")
+    return name, _value(text)
+
+
+def _value(text: str) -> Any:
+    """Return a number, a truth value or a list that is written as in JSON; else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _batch_settings(arguments: Namespace) -> dict[str, Any]:
     given = {field.name: getattr(arguments, field.name) for field in fields(BatchSettings)}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if not arguments.all_users:
-        for name in chosen:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} has no effect on one answer; add --all-users")
-        return None
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def ask(arguments: Namespace, workspace: Workspace) -> tuple[dict[str, Any], Path]:
+    """Answer one request as the server would; return the answer as plain values, and the bundle.
+
+    Raises InputError where the bundle or the request is wrong.
+    """
+    for name in _batch_settings(arguments):
+        flag = "--" + name.replace("_", "-")
+        raise InputError(f"{flag} has no effect on one answer; add --all-users, or leave it out")
+    request, path = request_of(arguments), workspace.find("bundle", arguments.bundle)
+    return msgspec.to_builtins(Engine.load(path).recommend([request])[0]), path
+
+
+def batch_of(arguments: Namespace, workspace: Workspace) -> Batch:
+    """Open the batch that a command's flags make; raise InputError where they do not suit it."""
     if arguments.user or arguments.history:
         raise InputError(
             "--all-users answers everyone by what is stored of them; leave out --user and "
             "--history, or name some users in a file: --users FILE"
         )
-    return BatchSettings(**chosen)
+    request, settings = request_of(arguments), BatchSettings(**_batch_settings(arguments))
+    path = workspace.find("bundle", arguments.bundle)
+    return Batch.open(path, request, settings, workspace)
 
 
-def ask(path: Path, request: RecommendRequest) -> dict[str, Any]:
-    """Answer one request as the server would; return the answer as plain values.
-
-    Raises InputError where the bundle or the request is wrong.
-    """
-    answer: dict[str, Any] = msgspec.to_builtins(Engine.load(path).recommend([request])[0])
-    return answer
-
-
-def answer_all(
-    path: Path, request: RecommendRequest, settings: BatchSettings, workspace: Workspace
-) -> tuple[str, Path, str, dict[str, Any]]:
-    """Answer everyone; return what was made, where, the next command, and the facts.
-
-    Raises InputError where something does not suit.
-    """
-    from recsys.serving.batch import Batch, run
-
-    batch, shard = Batch.open(path, request, settings, workspace), Shard.of(settings.shard)
+def answer_all(batch: Batch) -> tuple[str, Path, str, dict[str, Any]]:
+    """Write what is missing; return what was made, where, the next command, and the facts."""
+    settings, shard = batch.settings, Shard.of(batch.settings.shard)
     console = Console(stderr=True)
     if batch.whole:
         manifest = batch.checked()
@@ -90,7 +110,7 @@ def answer_all(
     return made, batch.out, _load(batch.out), _facts(batch, manifest)
 
 
-def _facts(batch: Any, more: dict[str, Any]) -> dict[str, Any]:
+def _facts(batch: Batch, more: dict[str, Any]) -> dict[str, Any]:
     shown = {name: value for name, value in more.items() if name != "files"}
     return {"recommendations": str(batch.out), "users": len(batch.people), **shown}
 
