@@ -31,12 +31,13 @@ TRAJECTORY = (
     "loss.products=fp32 objective.type_weights={purchase:4} checkpoint_every.steps=5 averaging=0.5"
 )
 TWO_TOWER = (
-    f"{EXACT} trainer.max_epochs=1 data.dataset=ring model=two_tower batches=pairs loss=in_batch_softmax "
-    "batches.size=199 loss.uniform_negatives=8 logger=csv"
+    f"{EXACT} trainer.max_epochs=1 data.dataset=ring model=two_tower batches=pairs logger=csv "
+    "loss=in_batch_softmax batches.size=199 loss.uniform_negatives=8"
 )
 RANKER = (
-    f"{EXACT} trainer.max_epochs=1 data.dataset=shop model=ranker batches=shown examples=impressions features=shop "
-    "batches.size=61 model.dim=8 ranking.listwise=0.5 ranking.weights=learned logger=csv"
+    f"{EXACT} trainer.max_epochs=1 data.dataset=shop model=ranker batches=shown logger=csv "
+    "examples=impressions features=shop batches.size=61 model.dim=8 ranking.listwise=0.5 "
+    "ranking.weights=learned"
 )
 COMMANDS = {"trajectory": TRAJECTORY, "two_tower": TWO_TOWER, "ranker": RANKER}
 
