@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from recsys import peers
 from recsys.data.batches import Steps
 from recsys.schema import InputError
 
@@ -52,8 +53,10 @@ class Bookmark(Callback):
             return False
         if self.steps and trainer.global_step % self.steps == 0:
             return True
-        late = self.minutes is not None and time.monotonic() - self.since >= 60 * self.minutes
-        return trainer.strategy.broadcast(late)
+        if self.minutes is None:
+            return False
+        late = peers.first() and time.monotonic() - self.since >= 60 * self.minutes
+        return bool(peers.total(torch.tensor(int(late))))  # the first process's clock counts
 
     def state_dict(self) -> dict[str, Any]:
         """Return the next batch to train on."""
