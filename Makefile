@@ -57,7 +57,7 @@ bench-ranking: $(READY)  ## Rankers beside three libraries on MovieLens, and the
 constraints: $(READY)  ## Pin the versions of what the images install, to the newest that fit
 	$(BIN)/python -m pip install --quiet uv
 	mkdir -p constraints
-	printf 'build\nhatchling\n' | $(PIN) - -o constraints/build.txt
+	printf 'build\nhatchling\npip\n' | $(PIN) - -o constraints/build.txt
 	$(PIN) pyproject.toml --extra train --extra gpu --extra redis -o constraints/train.txt
 	$(PIN) pyproject.toml --extra serve --extra redis --extra kafka --extra trace -o constraints/serve.txt
 	$(PIN) pyproject.toml --extra serve-gpu --extra redis --extra kafka --extra trace -o constraints/serve-gpu.txt

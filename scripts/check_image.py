@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ DOCKERFILE = CHECKOUT / "Dockerfile.cuda"
 IGNORE = CHECKOUT / ".dockerignore"
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SHOP = "data=synthetic data.source.num_users=60 data.source.num_items=60 split=temporal"
+HEALTHY_WITHIN = 120
 TINY = f"{SHOP} trainer.max_epochs=1 logger=csv evaluation.exclude_seen=false"
 
 
@@ -89,24 +90,29 @@ class Image:
         """Return where a path of this image's own lies on this machine."""
         return self.layer / path.lstrip("/")
 
+    def inside(self, command: Iterable[str], root: Path) -> list[str]:
+        """Return the command line that runs `command` as this image says, where it is mounted."""
+        home = "/root" if self.user == "0:0" else "/home/recsys"
+        kept = {k: v for k, v in os.environ.items() if k.startswith("PIP_")}
+        env = [f"{k}={v}" for k, v in {**kept, "HOME": home, **self.env, **self.arguments}.items()]
+        words = f"cd {self.workdir} && exec {shlex.join(command)}"
+        chroot = ["chroot", f"--userspec={self.user}", str(root)]
+        return [*chroot, "env", "-i", *env, "bash", "-c", words]
+
     def script(self, command: Iterable[str], binds: Mapping[str, Path], scratch: Path) -> list[str]:
-        """Return the command line that runs `command` within, with folders bound to paths."""
+        """Return the command line that mounts this image and folders, and runs `command`."""
         root, work = scratch / "root", scratch / "work"
         for folder in (root, work):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir()
+        options = f"lowerdir=/,upperdir={self.layer},workdir={work}"
         lines = [
-            f"mount -t overlay overlay {root} -o lowerdir=/,upperdir={self.layer},workdir={work}",
+            f"mount -t overlay overlay {root} -o {options}",
             f"mount -t proc proc {root}/proc",
             f"mount --rbind /dev {root}/dev",
         ]
         for path, source in binds.items():
             lines += [f"mkdir -p {root}{path}", f"mount --bind {source} {root}{path}"]
-        home = "/root" if self.user == "0:0" else "/home/recsys"
-        kept = {k: v for k, v in os.environ.items() if k.startswith("PIP_")}
-        env = [f"{k}={v}" for k, v in {**kept, "HOME": home, **self.env, **self.arguments}.items()]
-        inside = f"cd {self.workdir} && exec {shlex.join(command)}"
-        chroot = ["chroot", f"--userspec={self.user}", str(root), "env", "-i", *env]
-        lines.append("exec " + shlex.join([*chroot, "bash", "-c", inside]))
+        lines.append("exec " + shlex.join(self.inside(command, root)))
         return ["unshare", "--mount", "bash", "-ec", "\n".join(lines)]
 
 
@@ -234,24 +240,32 @@ def ran(builder: Builder, image: Image, *command: str, wanted: int = 0) -> str:
 
 
 @contextmanager
-def serving(builder: Builder, image: Image, bundles: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Start an image as `docker run` would, with bundles mounted; stop it by SIGTERM at the end."""
-    line = image.script(
-        (*image.entrypoint, *image.command),
-        {"/workspace/bundles": bundles},
-        builder.folder("mount"),
-    )
-    log = builder.folder("log") / "stderr"
+def serving(builder: Builder, image: Image, bundles: Path) -> Iterator[Callable[[], bool]]:
+    """Start an image as `docker run` would, with bundles mounted; stop it by SIGTERM at the end.
+
+    Yields its health check. Raises SystemExit with the server's log where it fails.
+    """
+    folder = builder.folder("mount")
+    command, log = (*image.entrypoint, *image.command), folder / "log"
+    line = image.script(command, {"/workspace/bundles": bundles}, folder)
     with log.open("wb") as file:
         process = subprocess.Popen(line, stdout=file, stderr=file)
+    within = ["nsenter", "--mount", f"--target={process.pid}"]
+    check = [*within, *image.inside(image.health, folder / "root")]
+
+    def healthy() -> bool:
+        if process.poll() is not None:
+            raise SystemExit(f"the server ended with {process.returncode}")
+        return subprocess.run(check, capture_output=True).returncode == 0
+
     try:
-        yield process
-    except SystemExit as error:
+        yield healthy
+        process.terminate()
+        if code := process.wait(timeout=60):
+            raise SystemExit(f"the server ended with {code}")
+    except BaseException as error:
         process.kill()
-        raise SystemExit(f"{error}\n{log.read_text()[-3000:]}") from None
-    process.terminate()
-    if code := process.wait(timeout=60):
-        raise SystemExit(f"the server ended with {code}\n{log.read_text()[-3000:]}")
+        raise SystemExit(f"{error}\n{log.read_text()[-3000:]}") from error
 
 
 def check_wheel(builder: Builder, python: Path) -> None:
@@ -281,11 +295,10 @@ def check_serve(builder: Builder, python: Path, bundles: Path) -> None:
     ran(builder, image, "sh", "-c", "test ! -w /opt/venv && test ! -e /build && ! ls /wheel/*")
     image.env["RECSYS_API_KEYS"] = "check read of-this-check-alone"  # or it refuses 0.0.0.0
     started = time.perf_counter()
-    with serving(builder, image, bundles) as process:
-        healthy = image.script(image.health, {}, builder.folder("mount"))
-        while subprocess.run(healthy, capture_output=True).returncode:
-            if process.poll() is not None or time.perf_counter() - started > 60:
-                raise SystemExit("the server did not become healthy")
+    with serving(builder, image, bundles) as healthy:
+        while not healthy():
+            if time.perf_counter() - started > HEALTHY_WITHIN:
+                raise SystemExit(f"not healthy after {HEALTHY_WITHIN} s")
             time.sleep(0.2)
         print(f"ok    healthy {time.perf_counter() - started:.1f} s after the start")
     size = sum(f.stat().st_size for f in image.find("/opt/venv").rglob("*") if f.is_file())
