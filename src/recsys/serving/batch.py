@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from recsys.artifacts import MANIFEST, Workspace, read_manifest, verify, write_manifest
 from recsys.index.bundle import Bundle
 from recsys.schema import InputError
-from recsys.serving.batch_plan import Json, agreed, planned
+from recsys.serving.batch_plan import PLAN, Json, agreed, planned
 from recsys.serving.batch_settings import BatchSettings, Shard
 from recsys.serving.engine import Chosen, Engine, use_one_core
 from recsys.serving.messages import RecommendRequest
-from recsys.serving.parts import synced, written
+from recsys.serving.parts import locked, synced, written
 from recsys.serving.people import People
 
 SCHEMA = pa.schema(
@@ -138,7 +138,11 @@ class Batch:
         return path
 
     def finish(self) -> Json:
-        """Write and return the manifest over all parts; raise InputError where one is missing."""
+        """Return the manifest over all parts, made once; raise InputError where one is missing."""
+        with locked(self.out / PLAN):
+            return self.checked() if self.whole else self._finished()
+
+    def _finished(self) -> Json:
         if missing := self.missing():
             names = ", ".join(self.path(part).name for part in missing[:NAMED_MISSING])
             raise InputError(

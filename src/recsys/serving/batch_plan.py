@@ -71,12 +71,7 @@ def agreed(out: Path, plan: Json, *, own_now: bool) -> Json:
     out.mkdir(parents=True, exist_ok=True)
     file = out / PLAN
     if not file.is_file():
-        _check_empty(out)
-    scratch = out / f".{PLAN}.{secrets.token_hex(4)}"
-    write_json(scratch, plan)
-    with suppress(FileExistsError):
-        os.link(scratch, file)
-    scratch.unlink()
+        _begin(out, plan)
     there: Json = json.loads(file.read_bytes())
     if not own_now:
         plan["request"]["now"] = there["request"]["now"]
@@ -88,13 +83,18 @@ def agreed(out: Path, plan: Json, *, own_now: bool) -> Json:
     return there
 
 
-def _check_empty(out: Path) -> None:
+def _begin(out: Path, plan: Json) -> None:
     others = {one.name for one in out.iterdir() if not one.name.startswith(".")}
     if others - {PLAN}:  # another process may have put its plan there just now
         raise InputError(
             f"{out}: holds other files, such as {min(others - {PLAN})}; expected a new folder, or "
             "one that this command has begun: choose another --out"
         )
+    scratch = out / f".{PLAN}.{secrets.token_hex(4)}"
+    write_json(scratch, plan)
+    with suppress(FileExistsError):
+        os.link(scratch, out / PLAN)
+    scratch.unlink()
 
 
 def _differing(there: Json, asked: Json) -> Iterator[str]:
