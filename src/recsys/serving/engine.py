@@ -114,16 +114,19 @@ class Engine:
         self.complaint = Complaint("ranker_failed")
 
     @classmethod
-    def load(cls, path: Path | str, *, threads: int = 1, verify: bool = True) -> Engine:
+    def load(
+        cls, path: Path | str, *, threads: int = 1, verify: bool = True, device: str = "cpu"
+    ) -> Engine:
         """Open, verify and warm the bundle at `path`; each graph's call uses `threads` cores.
 
-        Raises InputError where the bundle is damaged, or a graph of it reads something unknown.
+        Graphs run on `device`, where it can be used. Raises InputError where the bundle is damaged,
+        or a graph of it reads something unknown.
         """
         bundle = Bundle.open(path, verify=verify)
         check_inputs(bundle.encoder_path, bundle.encoder_inputs, ENCODED)
-        session = open_graph(bundle.encoder_path, threads)
+        session = open_graph(bundle.encoder_path, threads, device)
         index = ItemIndex.load(bundle.index_paths, bundle.vectors_ND, bundle.manifest["index"])
-        engine = cls(bundle, session, index, Ranker.load(bundle, threads))
+        engine = cls(bundle, session, index, Ranker.load(bundle, threads, device))
         engine.warm_up()
         return engine
 
