@@ -120,25 +120,27 @@ class Engine:
         *,
         threads: int = 1,
         verify: bool = True,
+        device: str = "cpu",
         ranked: bool = True,
         exact: bool = False,
     ) -> Engine:
         """Open, verify and warm the bundle at `path`; each graph's call uses `threads` cores.
 
-        Without `ranked` a ranker of the bundle is left aside; `exact` scores every item in place of
-        the bundle's index. Raises InputError where the bundle is damaged, or a graph of it reads
-        something unknown.
+        Graphs run on `device`, where it can be used. Without `ranked` a ranker of the bundle is
+        left aside; `exact` scores every item in place of the bundle's index. Raises InputError
+        where the bundle is damaged, or a graph of it reads something unknown.
         """
         bundle = Bundle.open(path, verify=verify)
         check_inputs(bundle.encoder_path, bundle.encoder_inputs, ENCODED)
-        session = open_graph(bundle.encoder_path, threads)
+        session = open_graph(bundle.encoder_path, threads, device)
         vectors_ND, facts = bundle.vectors_ND, bundle.manifest["index"]
         index = (
             ItemIndex.exact(vectors_ND)
             if exact
             else ItemIndex.load(bundle.index_paths, vectors_ND, facts)
         )
-        engine = cls(bundle, session, index, Ranker.load(bundle, threads) if ranked else None)
+        ranker = Ranker.load(bundle, threads, device) if ranked else None
+        engine = cls(bundle, session, index, ranker)
         engine.warm_up()
         return engine
 

@@ -116,7 +116,7 @@ class Ranker:
     num_items: int
 
     @classmethod
-    def load(cls, bundle: Bundle, threads: int = 1) -> Ranker | None:
+    def load(cls, bundle: Bundle, threads: int = 1, device: str = "cpu") -> Ranker | None:
         """Open the ranker of a bundle that has one.
 
         Raises InputError where its manifest's entry, its graph and its tables do not agree with
@@ -133,7 +133,7 @@ class Ranker:
                 f"{bundle.path}: its ranker reads {', '.join(without)}, which {FEATURES} says how "
                 "to make, and that is not there; export the bundle again"
             )
-        session = open_graph(bundle.ranker_path, threads)
+        session = open_graph(bundle.ranker_path, threads, device)
         _check_graph(bundle, session, inputs, PROBABILITIES if tasks else SCORES)
         return cls(session, inputs, candidates, length, tasks, blend_T, encoded, bundle.num_items)
 
