@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.utils import instantiate
+from numpy.typing import NDArray
 from omegaconf import DictConfig
+from torch import nn
 
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset
 from recsys.evaluation.scorers import ModelScorer
+from recsys.models.tables import sharded_tables
 from recsys.training.callbacks import FullRanking, averaged
 from recsys.training.module import Objective, RetrieverModule
 from recsys.training.runs import BEST, build_model, load_weights, short_name
@@ -29,14 +33,7 @@ class RetrievalJob:
         self.batches = instantiate(
             config.batches, dataset=dataset, seed=config.seed, length=config.model.max_length
         )
-        self.module = RetrieverModule(
-            model,
-            instantiate(config.loss),
-            instantiate(config.optimizer),
-            torch.from_numpy(Catalogue.of(dataset).train_count),
-            config.seed,
-            Objective(**config.objective),
-        )
+        self.module = _module(config, model, Catalogue.of(dataset).train_count)
         averaging = averaged(config.averaging, self.batches.steps)
         self.validation = FullRanking(dataset, config.evaluation.exclude_seen, averaging)
         self.lineage: dict[str, Any] = {}
@@ -52,3 +49,17 @@ class RetrievalJob:
         scorer = ModelScorer(self.module.model.eval().cpu(), name=name)
         exclude = self.config.evaluation.exclude_seen
         return rank_test(folder, self.dataset, scorer, self.validation, exclude)
+
+
+def _module(
+    config: DictConfig, model: nn.Module, train_count: NDArray[np.int64]
+) -> RetrieverModule:
+    loss, optimizer = instantiate(config.loss), instantiate(config.optimizer)
+    count, objective = torch.from_numpy(train_count), Objective(**config.objective)
+    parts = (model, loss, optimizer, count, config.seed, objective)
+    if not sharded_tables(model):
+        return RetrieverModule(*parts)
+    from recsys.training.sharded import ShardedRetriever, check_sharding
+
+    check_sharding(config, loss)
+    return ShardedRetriever(*parts, sharding=instantiate(config.embedding))
