@@ -106,7 +106,12 @@ def train(arguments: Arguments) -> Outcome | None:
     if arguments.multirun:
         launch.sweep(arguments.overrides)
         return None
-    return _trained(launch.train(arguments.overrides, Workspace()))
+    from recsys.training.processes import joined
+
+    flags = ["--json"] if arguments.json else []
+    with joined():
+        trained = launch.train(arguments.overrides, Workspace(), flags)
+    return None if trained is None else _trained(trained)
 
 
 def evaluate(arguments: Arguments) -> Outcome:

@@ -18,12 +18,19 @@ from recsys.history import Arrays, encode, pack
 from recsys.schema import InputError
 
 Step = tuple[int, int]
+IDLE = "idle"
+"""Marks a part without an example of its own: it holds another's, which is not to count."""
 
 
 class Batches(TorchDataset[dict[str, Tensor]]):
-    """All batches of a training: indexed by (epoch, step), so any worker can make any of them."""
+    """All batches of a training: indexed by (epoch, step), so any worker can make any of them.
+
+    `part`: which of how many parts of each batch is made, one a process that trains; the batches
+    themselves are the same however many there are.
+    """
 
     layout: str
+    part = (0, 1)
     derived: tuple[str, ...] = ("order",)
     """Attributes that a spawned worker makes again."""
 
@@ -51,6 +58,14 @@ class Batches(TorchDataset[dict[str, Tensor]]):
         """Return the arrays of one batch of examples; what is drawn for it comes from `rng`."""
         raise NotImplementedError
 
+    def cost(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return what each example takes to train on, by which a batch is divided."""
+        return np.ones(len(rows), np.int64)
+
+    def draws(self, rows: NDArray[np.int64]) -> int:
+        """Return how many numbers `collate` draws for some examples, one after the other."""
+        return 0
+
     @property
     def steps(self) -> int:
         """Batches an epoch."""
@@ -59,8 +74,13 @@ class Batches(TorchDataset[dict[str, Tensor]]):
     def __getitem__(self, index: Step) -> dict[str, Tensor]:
         epoch, step = index
         rows = self.order(epoch)[step * self.size : (step + 1) * self.size]
+        mine = share(self.cost(rows), *self.part)
         rng = np.random.default_rng([self.seed, epoch, step])
-        arrays = self.collate(rows, rng)
+        # What the parts before this one draw is left to them.
+        rng.bit_generator.advance(self.draws(rows[: mine.start]))  # type: ignore[attr-defined]
+        arrays = self.collate(rows[mine] if mine.stop > mine.start else rows[:1], rng)
+        if mine.stop == mine.start:
+            arrays[IDLE] = np.ones(1, np.bool_)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
@@ -77,6 +97,18 @@ class Batches(TorchDataset[dict[str, Tensor]]):
             num_workers=workers,
             persistent_workers=workers > 0,
         )
+
+
+def share(cost_B: NDArray[np.int64], part: int, parts: int) -> slice:
+    """Return which neighbours of a batch are of a part, all parts costing about the same.
+
+    >>> [share(np.array([5, 1, 1, 1, 1, 1]), part, 2) for part in (0, 1)]
+    [slice(0, 1, None), slice(1, 6, None)]
+    """
+    middle_B = np.cumsum(cost_B) - cost_B / 2
+    owner_B = (middle_B * parts / max(1, cost_B.sum())).astype(np.int64)
+    first, last = np.searchsorted(owner_B, [part, part + 1])
+    return slice(int(first), int(last))
 
 
 class Steps(Sampler[Step]):
@@ -160,6 +192,14 @@ class PackedBatches(EventBatches):
         counts = np.ones_like(ends) if self.windows == "last" else -(-(ends - 1) // self.length)
         back = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return np.repeat(users, counts), np.repeat(ends, counts) - back * self.length
+
+    def cost(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return each example's positions."""
+        return np.minimum(self.ends[rows] - 1, self.length)
+
+    def draws(self, rows: NDArray[np.int64]) -> int:
+        """One number a position, by which its target is chosen."""
+        return int(self.cost(rows).sum()) if self.horizon > 1 else 0
 
     def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
         """Return packed rows, see `history.pack`."""
