@@ -1,4 +1,4 @@
-"""Four processes that train sharded tables in groups of two, one and four; run by torchrun.
+"""Four processes that train sharded tables in groups of two, one and four; run by the test beside.
 
 The first writes what it found into the folder that is named, as JSON.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.multiprocessing import start_processes
 
 from recsys.losses import score, scores, softmax_among
 from recsys.models.tables import Sharded, ShardedTable, sharded_tables
-from recsys.training.shards import Shards
+from recsys.training.shards import Shards, check_torchrec
 from recsys.training.table_file import TableFile
 
 CPU = torch.device("cpu")
@@ -153,8 +155,8 @@ def resumed(folder: Path, group: dist.ProcessGroup) -> list[float]:
 
 def limited(pair: dist.ProcessGroup) -> dict:
     """Under a limit of data memory that the large table exceeds, train it whole and sharded."""
-    size = int(next(s for s in open("/proc/self/status") if s.startswith("VmData")).split()[1])
-    limit = size * 1024 + ROOM
+    held = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    limit = int(held[1]) * 1024 + ROOM
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
         nn.Embedding(*LARGE)
@@ -173,9 +175,9 @@ def limited(pair: dist.ProcessGroup) -> dict:
     return {"limit": limit, "table": 4 * LARGE[0] * LARGE[1], "whole": whole, "moved": moved}
 
 
-def main(folder: Path) -> None:
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+def main(rank: int, folder: Path) -> None:
+    meeting = f"file://{folder / 'meeting'}"
+    dist.init_process_group("gloo", meeting, rank=rank, world_size=4)
     found = {}
     one, pair, four = (dist.new_group(list(range(size))) for size in (1, 2, 4))
     if rank < 2:
@@ -191,4 +193,6 @@ def main(folder: Path) -> None:
     dist.barrier()
 
 
-main(Path(sys.argv[1]))
+if __name__ == "__main__":
+    check_torchrec()  # imported once, before the processes part
+    start_processes(main, (Path(sys.argv[1]),), nprocs=4, start_method="fork")

@@ -72,7 +72,11 @@ class ShardedTable(nn.Module):
 
     def fetch(self, ids_U: Tensor, rows_UD: Tensor) -> None:
         """Answer from these rows; `ids_U` is sorted, without repeats, and begins with 0."""
-        self.fetched, self.weight = (ids_U, rows_UD), None  # type: ignore[assignment]
+        self.fetched = ids_U, rows_UD
+
+    def close(self) -> None:
+        """Let go of the table that was read: DDP would send it to all, as it does buffers."""
+        self.weight = None  # type: ignore[assignment]
 
     def read(self, weight_ND: Tensor) -> None:
         """Answer from a whole table, such as one mapped from a file."""

@@ -51,11 +51,9 @@ class RetrievalJob:
         return rank_test(folder, self.dataset, scorer, self.validation, exclude)
 
 
-def _module(
-    config: DictConfig, model: nn.Module, train_count: NDArray[np.int64]
-) -> RetrieverModule:
+def _module(config: DictConfig, model: nn.Module, counts: NDArray[np.int64]) -> RetrieverModule:
     loss, optimizer = instantiate(config.loss), instantiate(config.optimizer)
-    count, objective = torch.from_numpy(train_count), Objective(**config.objective)
+    count, objective = torch.from_numpy(counts), Objective(**config.objective)
     parts = (model, loss, optimizer, count, config.seed, objective)
     if not sharded_tables(model):
         return RetrieverModule(*parts)

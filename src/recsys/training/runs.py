@@ -74,7 +74,7 @@ def dataset_of(lineage: Mapping[str, Any]) -> Dataset:
 def build_model(config: DictConfig, dataset: Dataset) -> nn.Module:
     """Return the configured model, untrained, sized to a dataset."""
     table = {"table": instantiate(config.embedding)} if config.get("embedding") else {}
-    model = instantiate(config.model, catalogue=Catalogue.of(dataset), **table)
+    model = instantiate(config.model, _partial_=True)(catalogue=Catalogue.of(dataset), **table)
     assert isinstance(model, nn.Module)
     return model
 

@@ -18,7 +18,7 @@ from recsys.losses import ItemSide
 from recsys.models.tables import Sharded, sharded_tables
 from recsys.schema import InputError
 from recsys.training.module import Loss, RetrieverModule
-from recsys.training.runs import BEST, LAST, TABLES
+from recsys.training.runs import LAST, TABLES
 from recsys.training.shards import Shards, check_torchrec
 
 
@@ -46,7 +46,7 @@ class ShardedRetriever(RetrieverModule):
         items = self.item_side(batch)
         assert items.generator is not None
         before = items.generator.get_state()
-        candidate_C = drawn_by(self.loss, items, batch["targets"])
+        candidate_C = read_by(self.loss, items, batch["targets"])
         items.generator.set_state(before)  # so that the loss draws the same
         wanted = {"items": [batch["items"], batch["targets"], candidate_C]}
         if "users" in self.shards.tables:
@@ -58,6 +58,12 @@ class ShardedRetriever(RetrieverModule):
         """Let the model read whole tables from their file."""
         assert self.shards is not None
         self.shards.read(self._written())
+
+    def on_train_epoch_start(self) -> None:
+        """Train on fetched rows again."""
+        super().on_train_epoch_start()
+        for table in sharded_tables(self.model).values():
+            table.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the tables beside, in all processes."""
@@ -91,18 +97,14 @@ class ShardedRetriever(RetrieverModule):
     def _drop_others(self) -> None:
         if not peers.first():
             return
-        there = [file for file in (self._folder / BEST.name, self._folder / LAST.name)]
-        named = [
-            torch.load(file, mmap=True, weights_only=True)[TABLES]
-            for file in there
-            if file.is_file()
-        ]
+        checkpoints = self._folder.glob("*.ckpt")
+        named = [torch.load(file, mmap=True, weights_only=True)[TABLES] for file in checkpoints]
         for file in self._folder.glob("tables-*.safetensors"):
             if file.name not in (*named, self.file.name):
                 file.unlink()
 
 
-def drawn_by(loss: Loss, items: ItemSide, targets: Tensor) -> Tensor:
+def read_by(loss: Loss, items: ItemSide, targets: Tensor) -> Tensor:
     """Return the items beside its own targets that a loss is going to read: [C].
 
     Raises InputError for a loss that reads every item.

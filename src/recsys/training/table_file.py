@@ -73,7 +73,7 @@ class TableFile:
 
     def write(self, name: str, first: int, rows: Tensor) -> None:
         """Put rows in the place of those from `first` on, and see them on the disk."""
-        data = memoryview(rows.detach().cpu().float().contiguous().numpy()).cast("B")
+        data = rows.detach().cpu().float().contiguous().numpy().data.cast("B")
         at = self._place(name) + first * ITEM_BYTES * math.prod(rows.shape[1:])
         with self.path.open("rb+", buffering=0) as file:
             while data:
