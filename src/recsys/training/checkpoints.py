@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ class Bookmark(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the loader begin there."""
-        self.sampler.epoch, self.sampler.first = state_dict["place"]
+        epoch, step = self.sampler.epoch, self.sampler.first = state_dict["place"]
+        print(f"goes on at epoch {epoch + 1}, step {step + 1}", file=sys.stderr, flush=True)
 
 
 class WholeCheckpoints(TorchCheckpointIO):

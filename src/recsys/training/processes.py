@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
@@ -28,10 +29,13 @@ ON_A_CPU = 2
 """Processes of `trainer=ddp` on a machine without a CUDA device."""
 PATIENCE = timedelta(days=2)
 """How long the others wait while the first prepares a dataset."""
+TELLING = 3.0
+"""Seconds in which the process that tells an error ends, and torchrun the silent ones."""
 LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 """What errors of a process say that has lost another."""
 
 _store: dist.Store | None = None
+_meetings = 0
 
 
 def launched() -> bool:
@@ -50,11 +54,12 @@ def joined() -> Iterator[None]:
 
     All but the first are silent. An error in one ends all: the first that meets one tells it.
     """
-    global _store
+    global _store, _meetings
     if not launched():
         yield
         return
     _store, rank, _ = next(iter(rendezvous("env://")))
+    _meetings += 1
     try:
         with _silent(rank > 0):
             yield
@@ -83,6 +88,7 @@ def _told_once(error: Exception, rank: int) -> BaseException:
     except RuntimeError:  # torchrun, which keeps the store, is gone
         met_before = rank > 0
     if met_before:
+        time.sleep(TELLING)
         return SystemExit(1)
     if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST):
         return InputError(
@@ -103,7 +109,7 @@ def told(key: str, make: Callable[[], str]) -> str:
 
 
 def _key(name: str) -> str:
-    return f"recsys/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{name}"
+    return f"recsys/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{_meetings}/{name}"
 
 
 def settle(config: DictConfig) -> None:
