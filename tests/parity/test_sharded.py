@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,23 +11,10 @@ from typing import Any
 
 import pytest
 
-from recsys.schema import InputError
-from recsys.training.shards import check_torchrec
 from recsys.training.table_file import TableFile
+from torchrec_here import lacking
 
-
-def lacking() -> str | None:
-    """Return why sharded tables cannot be trained here."""
-    if importlib.util.find_spec("torchrec") is None:
-        return "TorchRec is not installed: make sharded"
-    try:
-        check_torchrec()
-    except InputError as error:
-        return str(error)
-    return None
-
-
-pytestmark = pytest.mark.skipif(lacking() is not None, reason=lacking() or "")
+pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking())
 
 
 @pytest.fixture(scope="module")

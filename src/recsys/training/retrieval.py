@@ -40,6 +40,10 @@ class RetrievalJob:
 
     def begin(self, folder: Path) -> None:
         """Put the item vectors where a new training starts."""
+        if sharded_tables(self.module.model):
+            from recsys.training.shards import check_torchrec
+
+            check_torchrec()
         start_items(self.module.model, self.dataset, self.config.item_start)
 
     def test(self, folder: Path) -> Tested:

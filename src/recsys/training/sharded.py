@@ -19,7 +19,7 @@ from recsys.models.tables import Sharded, sharded_tables
 from recsys.schema import InputError
 from recsys.training.module import Loss, RetrieverModule
 from recsys.training.runs import LAST, TABLES
-from recsys.training.shards import Shards, check_torchrec
+from recsys.training.shards import Shards
 
 
 class ShardedRetriever(RetrieverModule):
@@ -119,7 +119,6 @@ def read_by(loss: Loss, items: ItemSide, targets: Tensor) -> Tensor:
 
 def check_sharding(config: DictConfig, loss: Loss) -> None:
     """Raise InputError for settings that have no effect on sharded tables, or cannot have."""
-    check_torchrec()
     _check_loss(loss)
     trainer = config.trainer
     if not str(trainer.get("strategy", "auto")).startswith("ddp"):

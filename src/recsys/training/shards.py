@@ -26,7 +26,7 @@ from recsys.training.table_file import TableFile, read_tables
 
 PINS = {"2.13": "1.8.0"}
 """TorchRec and FBGEMM that load on a torch; others fail with missing symbols."""
-BESIDE = ("tensordict", "pyre-extensions", "iopath")
+BESIDE = ("tensordict", "pyre-extensions")
 """What TorchRec imports; its own list of requirements would bring a CUDA build of FBGEMM."""
 CHUNK = 1 << 14
 """Rows that one seed draws."""
@@ -202,14 +202,12 @@ def check_torchrec() -> None:
             f"{torch_version}; use embedding=dense, or install torch {max(PINS)}"
         )
     found = {name: _version(name) for name in ("torchrec", fbgemm)}
-    problem = None if all(v == pin for v in found.values()) else "they are missing or do not fit"
-    if problem is None:
-        problem = _load_problem()
-    if problem:
-        there = ", ".join(f"{name} {v or 'not installed'}" for name, v in found.items())
+    problem = _load_problem() if all(there == pin for there in found.values()) else ""
+    if problem is not None:
+        there = ", ".join(f"{name} {met or 'not installed'}" for name, met in found.items())
         raise InputError(
             f"embedding=sharded on torch {torch_version} needs torchrec {pin} and {fbgemm} {pin}; "
-            f"found {there}: {problem}. Type\n"
+            f"found {there}{problem}. Type\n"
             f"  pip install {fbgemm}=={pin} {' '.join(BESIDE)}\n"
             f"  pip install --no-deps torchrec=={pin}"
         )
@@ -228,7 +226,7 @@ def _load_problem() -> str | None:
     try:
         importlib.import_module("torchrec.distributed.embedding")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return f", which do not load ({type(error).__name__}: {str(error).splitlines()[0]})"
     return None
 
 
