@@ -21,20 +21,23 @@ from recsys.evaluation.protocol import Evaluation
 from recsys.evaluation.significance import RANKS
 from recsys.training.runs import LAST
 
+pytestmark = pytest.mark.timeout(900)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-EXACT = "patience=null model.dropout=0 trainer.log_every_n_steps=1 trainer.max_epochs=2"
+ON_CPU = "trainer.accelerator=cpu"
+EXACT = "patience=null model.dropout=0 trainer.log_every_n_steps=1"
 # 120 users in batches of 7: the last batch has one, and a process without an example.
 TRAJECTORY = (
-    f"{EXACT} data.dataset=ring model.dim=16 batches.size=7 batches.horizon=2 "
-    "loss.products=fp32 objective.type_weights={purchase:4} checkpoint_every.steps=5"
+    f"{EXACT} trainer.max_epochs=2 data.dataset=ring model.dim=16 batches.size=7 batches.horizon=2 "
+    "loss.products=fp32 objective.type_weights={purchase:4} checkpoint_every.steps=5 averaging=0.5"
 )
 TWO_TOWER = (
-    f"{EXACT} data.dataset=ring model=two_tower batches=pairs loss=in_batch_softmax "
-    "batches.size=199 loss.uniform_negatives=8 logger=csv"
+    f"{EXACT} trainer.max_epochs=1 data.dataset=ring model=two_tower batches=pairs logger=csv "
+    "loss=in_batch_softmax batches.size=199 loss.uniform_negatives=8"
 )
 RANKER = (
-    f"{EXACT} data.dataset=shop model=ranker batches=shown examples=impressions features=shop "
-    "batches.size=61 model.dim=8 ranking.listwise=0.5 ranking.weights=learned logger=csv"
+    f"{EXACT} trainer.max_epochs=1 data.dataset=shop model=ranker batches=shown logger=csv "
+    "examples=impressions features=shop batches.size=61 model.dim=8 ranking.listwise=0.5 "
+    "ranking.weights=learned"
 )
 COMMANDS = {"trajectory": TRAJECTORY, "two_tower": TWO_TOWER, "ranker": RANKER}
 
@@ -79,11 +82,11 @@ def trained(
             assert main(f"train {command} trainer=cpu name={name}-1".split()) == 0
         script = folder / "script.py"
         script.write_text(SCRIPT)
-        ddp = "trainer=ddp trainer.accelerator=cpu"
+        ddp = f"trainer=ddp {ON_CPU}"
         words = [f"train {command} {ddp} name={n}-2" for n, command in COMMANDS.items()]
         words.append(f"train {ddp} data.dataset=none name=wrong")
         torchrun = [*TORCHRUN, "--max-restarts=1", str(script), *words]
-        yield workspace, subprocess.run(torchrun, capture_output=True, text=True, timeout=250)
+        yield workspace, subprocess.run(torchrun, capture_output=True, text=True, timeout=800)
 
 
 def steps(run: Path) -> list[float]:
@@ -138,7 +141,7 @@ def test_one_process_writes_and_speaks(trained: tuple) -> None:
     runs = [r.info.run_name for r in client.search_runs([experiment.experiment_id])]
     assert sorted(runs) == ["trajectory-1", "trajectory-2"]
     assert done.stdout.count("Made   run trajectory-2") == 1
-    assert done.stderr.count("epoch   1/2") == len(COMMANDS)
+    assert done.stderr.count("epoch   1/") == len(COMMANDS)
     assert done.stderr.count("lost another process") <= 1
 
 
@@ -167,7 +170,7 @@ def test_recsys_train_starts_the_processes_itself(
     trained: tuple, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        main("train trainer=ddp trainer.devices=1 trainer.accelerator=cpu data.dataset=no".split())
+        main(["train", "data.dataset=no", "trainer=ddp", "trainer.devices=1", ON_CPU])
     assert end.value.code == 2
     said = capfd.readouterr().err
     assert said.count("no dataset named 'no'") == 1
@@ -216,5 +219,5 @@ def test_a_repeated_command_goes_on_with_its_run_or_says_what_differs(
     assert "run trajectory-1 is finished" in capsys.readouterr().err
     assert main([*command, "optimizer.lr=0.5"]) == 2
     said = capsys.readouterr().err
-    assert "began with optimizer/lr=" in said
+    assert "began with optimizer.lr=" in said
     assert "type the same settings, or another name=" in said

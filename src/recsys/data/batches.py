@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -14,10 +13,18 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from recsys.data.dataset import Dataset
+from recsys.data.shuffle import Everywhere, Order, Windows
 from recsys.history import Arrays, encode, pack
 from recsys.schema import InputError
 
 Step = tuple[int, int]
+Shuffle = Literal["auto", "global"] | int
+LARGE = 1 << 27
+"""Events from which `auto` shuffles within windows: their order alone would take a gigabyte."""
+WINDOW = 1 << 23
+"""Events of a window then: some 110 MB."""
+BLOCK = 1 << 16
+"""Events that lie together on the disk and are read together."""
 IDLE = "idle"
 """Marks a part without an example of its own: it holds another's, which is not to count."""
 
@@ -39,7 +46,11 @@ class Batches(TorchDataset[dict[str, Tensor]]):
         self._derive()
 
     def _derive(self) -> None:
-        self.order = lru_cache(maxsize=1)(self._order)
+        self.order = self.ordered()
+
+    def ordered(self) -> Order:
+        """Return where each example stands in each epoch."""
+        return Everywhere(self.total, self.seed)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is derived."""
@@ -73,7 +84,7 @@ class Batches(TorchDataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: Step) -> dict[str, Tensor]:
         epoch, step = index
-        rows = self.order(epoch)[step * self.size : (step + 1) * self.size]
+        rows = self.order.rows(epoch, step * self.size, (step + 1) * self.size)
         mine = share(self.cost(rows), *self.part)
         rng = np.random.default_rng([self.seed, epoch, step])
         # What the parts before this one draw is left to them.
@@ -82,9 +93,6 @@ class Batches(TorchDataset[dict[str, Tensor]]):
         if mine.stop == mine.start:
             arrays[IDLE] = np.ones(1, np.bool_)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.total)
 
     def loader(
         self, workers: int = 0, sampler: Steps | None = None
@@ -134,12 +142,24 @@ class Steps(Sampler[Step]):
 
 
 class EventBatches(Batches):
-    """Batches of histories that end at training events, read from the memory-mapped dataset."""
+    """Batches of histories that end at training events, read from the memory-mapped dataset.
 
-    derived = ("order", "users", "ends")
+    `shuffle`: `global` lets any example follow any; a number shuffles within windows of about so
+    many events, which are read block by block; `auto` does that with data past memory. Of the
+    examples only how many each user has is kept, 8 bytes a user.
+    """
 
-    def __init__(self, dataset: Dataset, size: int, seed: int, length: int) -> None:
-        self.length = length
+    derived = ("order", "before")
+
+    def __init__(
+        self, dataset: Dataset, size: int, seed: int, length: int, shuffle: Shuffle = "auto"
+    ) -> None:
+        if shuffle not in ("auto", "global") and (isinstance(shuffle, str) or shuffle < 1):
+            raise InputError(
+                f"batches.shuffle={shuffle}: expected auto, global, or the events of a window, "
+                f"as in {WINDOW}"
+            )
+        self.length, self.shuffle = length, shuffle
         super().__init__(dataset, size, seed)
         if not self.total:
             raise InputError(
@@ -148,16 +168,43 @@ class EventBatches(Batches):
             )
 
     def _derive(self) -> None:
+        self.before = np.concatenate([[0], np.cumsum(self.counts())])
         super()._derive()
-        self.users, self.ends = self.examples()
+
+    def ordered(self) -> Order:
+        """Return the order that `shuffle` asks for: it depends on nothing but data and settings."""
+        events = len(self.dataset.events["items"])
+        large = self.shuffle == "auto" and events > LARGE
+        if isinstance(self.shuffle, str) and not large:
+            return super().ordered()
+        window = WINDOW if isinstance(self.shuffle, str) else self.shuffle
+        block = max(1, min(BLOCK, window // 8) * self.total // max(1, events))
+        count = max(1, window * self.total // max(1, events) // block)
+        return Windows(self.total, self.seed, block, count, self._read_ahead)
+
+    def _read_ahead(self, runs: list[tuple[int, int]]) -> None:
+        users = self.find(np.array([[first, last - 1] for first, last in runs]).reshape(-1))[0]
+        offsets = self.dataset.offsets
+        self.dataset.read_ahead(
+            [(int(offsets[a]), int(offsets[b + 1])) for a, b in users.reshape(-1, 2) if a <= b]
+        )
 
     @property
     def total(self) -> int:
         """Training examples."""
-        return len(self.users)
+        return int(self.before[-1])
 
-    def examples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return each training example's user row and the place in the trajectory where it ends."""
+    def counts(self) -> NDArray[np.int64]:
+        """Return how many training examples each user has: int64 [U]."""
+        raise NotImplementedError
+
+    def find(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return each example's user row, and the place in the trajectory where it ends."""
+        users = np.searchsorted(self.before, rows, side="right") - 1
+        return users, self.ends(users, rows - self.before[users])
+
+    def ends(self, users: NDArray[np.int64], nth: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where the examples end that are each user's `nth`."""
         raise NotImplementedError
 
 
@@ -178,24 +225,25 @@ class PackedBatches(EventBatches):
         length: int,
         windows: Literal["last", "all"] = "all",
         horizon: int = 1,
+        shuffle: Shuffle = "auto",
     ) -> None:
         if horizon < 1:
             raise InputError(f"batches.horizon={horizon}: expected 1 (the next event) or more")
         self.windows, self.horizon = windows, horizon
-        super().__init__(dataset, size, seed, length)
+        super().__init__(dataset, size, seed, length, shuffle)
 
-    def examples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """One example a window of `length` positions, counted back from the newest event."""
-        ends = self.dataset.split.train_end
-        users = np.flatnonzero(ends >= 2)
-        ends = ends[users]
-        counts = np.ones_like(ends) if self.windows == "last" else -(-(ends - 1) // self.length)
-        back = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(users, counts), np.repeat(ends, counts) - back * self.length
+    def counts(self) -> NDArray[np.int64]:
+        """One example a window of `length` positions."""
+        following = np.maximum(self.dataset.split.train_end - 1, 0)
+        return np.minimum(following, 1) if self.windows == "last" else -(-following // self.length)
+
+    def ends(self, users: NDArray[np.int64], nth: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Windows are counted back from the newest event."""
+        return self.dataset.split.train_end[users] - nth * self.length
 
     def cost(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return each example's positions."""
-        return np.minimum(self.ends[rows] - 1, self.length)
+        return np.minimum(self.find(rows)[1] - 1, self.length)
 
     def draws(self, rows: NDArray[np.int64]) -> int:
         """One number a position, by which its target is chosen."""
@@ -203,7 +251,7 @@ class PackedBatches(EventBatches):
 
     def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
         """Return packed rows, see `history.pack`."""
-        histories = self.dataset.histories(self.users[rows], self.ends[rows], self.length + 1)
+        histories = self.dataset.histories(*self.find(rows), self.length + 1)
         return pack(histories, self.length, self.horizon, rng)
 
 
@@ -212,15 +260,17 @@ class PairBatches(EventBatches):
 
     layout = "pairs"
 
-    def examples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """One example for each training event that has an earlier one; `ends` is its place."""
-        counts = np.maximum(self.dataset.split.train_end - 1, 0)
-        users = np.repeat(np.arange(len(counts)), counts)
-        return users, np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + 1
+    def counts(self) -> NDArray[np.int64]:
+        """One example for each training event that has an earlier one."""
+        return np.maximum(self.dataset.split.train_end - 1, 0)
+
+    def ends(self, users: NDArray[np.int64], nth: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The place of that event."""
+        return nth + 1
 
     def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
         """Return right-padded histories, `users` (row + 1), `targets` and `target_types`."""
-        users, ends = self.users[rows], self.ends[rows]
+        users, ends = self.find(rows)
         places = self.dataset.offsets[users] + ends
         now = np.asarray(self.dataset.events["times"][places])
         targets, types = (

@@ -49,7 +49,7 @@ class Catalogue:
             has_time=dataset.has_time,
             has_types=dataset.has_types,
             item_codes=_codes(dataset.items, kinds[0]),
-            user_codes=_codes(dataset.users, kinds[1]),
+            user_codes=_codes(dataset.users, kinds[1]) if kinds[1] else {},
             item_vectors={
                 name: _vectors(dataset.items[name])
                 for name, kind in kinds[0].items()

@@ -122,6 +122,8 @@ def settle(config: DictConfig) -> None:
     if not launched():
         _refuse_several(trainer)
         return
+    if _store is None:
+        raise InputError("under torchrun there is recsys train alone; start this without torchrun")
     world, local = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if world > 1 and not _is_ddp(trainer):
         raise InputError(

@@ -25,7 +25,7 @@ from recsys.data.dataset import Dataset
 from recsys.schema import InputError
 from recsys.training.callbacks import Validation, callbacks
 from recsys.training.checkpoints import Bookmark, WholeCheckpoints
-from recsys.training.memory import keep_large_buffers
+from recsys.training.memory import keep_large_buffers, out_of_memory, what_to_lower
 from recsys.training.module import SeededModule
 from recsys.training.processes import launched, restartable, settle, told
 from recsys.training.runs import BEST, LAST, dataset_of, read_config, short_name
@@ -189,9 +189,10 @@ def _refuse_other(config: DictConfig, before: DictConfig) -> None:
     for key in sorted(asked.keys() | had.keys()):
         if key.startswith(MAY_DIFFER) or asked.get(key) == had.get(key):
             continue
+        setting = key.replace("/", ".")
         raise InputError(
-            f"run {config.name} began with {key}={had.get(key)}, and is to go on with "
-            f"{key}={asked.get(key)}; type the same settings, or another name="
+            f"run {config.name} began with {setting}={had.get(key)}, and is to go on with "
+            f"{setting}={asked.get(key)}; type the same settings, or another name="
         )
 
 
@@ -268,7 +269,12 @@ def _fit(config: DictConfig, folder: Path, job: Job, tracker: Tracker) -> None:
     job.batches.part = (peers.rank(), peers.world())
     loader = job.batches.loader(config.workers, sampler)
     path = last if last.is_file() else None
-    trainer.fit(job.module, train_dataloaders=loader, ckpt_path=path, weights_only=True)
+    try:
+        trainer.fit(job.module, train_dataloaders=loader, ckpt_path=path, weights_only=True)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise what_to_lower(error, config) from error
 
 
 def _tracker(config: DictConfig, folder: Path, workspace: Workspace, run_id: str | None) -> Tracker:
