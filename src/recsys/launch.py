@@ -25,7 +25,7 @@ CONFIG = "recsys"
 SECTIONS = ("evaluation", "registry", "ranking")
 """Parts that no constructor checks: a key which the shipped config lacks is refused here."""
 OF_RANKING = ("ranking", "features", "features_allow", "examples")
-OF_RETRIEVAL = ("loss", "objective", "item_start")
+OF_RETRIEVAL = ("loss", "objective", "item_start", "embedding")
 """Settings of one stage alone."""
 OF_FIRST = (*OF_RETRIEVAL, "model", "batches", "name")
 """What `recsys run` reads for retrievers alone where a second stage follows."""

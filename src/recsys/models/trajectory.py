@@ -17,6 +17,7 @@ from recsys.models.dropout import Dropout
 from recsys.models.features import Features
 from recsys.models.layers import Attention, Path
 from recsys.models.queries import Blend, Interests, RequestContext
+from recsys.models.tables import MakeTable, whole
 from recsys.schema import EVENT_TYPES, InputError
 
 Auto = bool | Literal["auto"]
@@ -44,7 +45,8 @@ class Trajectory(nn.Module):
     output. `event_types`, `gaps`, `values` (dwell, a rating) and `context` (gap to the request,
     hour and weekday, mixed into the query) are read where the dataset has them (`auto`).
     `interests` above 1 answers with that many vectors, each item being scored by the nearest;
-    `blend` mixes a long-term interest in, by its own gate or by the caller's `recency`.
+    `blend` mixes a long-term interest in, by its own gate or by the caller's `recency`. `table`
+    makes the table of ids.
     """
 
     layout = "packed"
@@ -67,10 +69,11 @@ class Trajectory(nn.Module):
         blend: bool = False,
         item_features: list[str] | None = None,
         item_vectors: list[str] | None = None,
+        table: MakeTable = whole,
     ) -> None:
         super().__init__()
         self.max_length = max_length
-        self.items = nn.Embedding(catalogue.num_items + 1, dim, padding_idx=0)
+        self.items = table(catalogue.num_items + 1, dim)
         self.item_features = Features.of_items(catalogue, dim, item_features, item_vectors)
         self.layers = nn.ModuleList(layer(dim, max_length, dropout) for _ in range(layers))
         timed = catalogue.has_time and any(part.reads_times for part in self.layers)

@@ -67,6 +67,7 @@ class Validation(Callback):
         }
         if self.averaging:
             self.averaging.on_validation_epoch_start(trainer, module)
+        module.before_validation()
         module.model.eval()
         figures |= {f"validation/{k}": v for k, v in self.measure(module).items()}
         module.model.train()

@@ -115,6 +115,9 @@ class SeededModule(pl.LightningModule):
         """Start counting."""
         self.go_on(positions=0, total_loss=0.0, seconds=0.0)
 
+    def before_validation(self) -> None:
+        """Make ready, in all processes, what the model is read from; most need nothing."""
+
     def go_on(self, positions: int, total_loss: float, seconds: float) -> None:
         """Count on from an epoch's figures so far; the first loss brings its device."""
         self.positions, self.started = positions, time.perf_counter() - seconds

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.utils import instantiate
+from numpy.typing import NDArray
 from omegaconf import DictConfig
+from torch import nn
 
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset
 from recsys.evaluation.scorers import ModelScorer
+from recsys.models.tables import sharded_tables
 from recsys.schema import InputError
 from recsys.training.callbacks import FullRanking, averaged
 from recsys.training.module import Objective, RetrieverModule
@@ -31,20 +35,17 @@ class RetrievalJob:
         self.batches = instantiate(
             config.batches, dataset=dataset, seed=config.seed, length=config.model.max_length
         )
-        self.module = RetrieverModule(
-            model,
-            instantiate(config.loss),
-            instantiate(config.optimizer),
-            torch.from_numpy(Catalogue.of(dataset).train_count),
-            config.seed,
-            Objective(**config.objective),
-        )
+        self.module = _module(config, model, Catalogue.of(dataset).train_count)
         averaging = averaged(config.averaging, self.batches.steps)
         self.validation = FullRanking(dataset, config.evaluation.exclude_seen, averaging)
         self.lineage: dict[str, Any] = {}
 
     def begin(self, folder: Path) -> None:
         """Put the item vectors where a new training starts."""
+        if sharded_tables(self.module.model):
+            from recsys.training.shards import check_torchrec
+
+            check_torchrec()
         start_items(self.module.model, self.dataset, self.config.item_start)
 
     def test(self, folder: Path) -> Tested:
@@ -63,3 +64,15 @@ def _check_lazy(config: DictConfig) -> None:
             "optimizer=lazy_adam has no effect with loss=full_softmax, which reads every item at "
             "each step; use loss=sampled_softmax, or optimizer=adam"
         )
+
+
+def _module(config: DictConfig, model: nn.Module, counts: NDArray[np.int64]) -> RetrieverModule:
+    loss, optimizer = instantiate(config.loss), instantiate(config.optimizer)
+    count, objective = torch.from_numpy(counts), Objective(**config.objective)
+    parts = (model, loss, optimizer, count, config.seed, objective)
+    if not sharded_tables(model):
+        return RetrieverModule(*parts)
+    from recsys.training.sharded import ShardedRetriever, check_sharding
+
+    check_sharding(config, loss)
+    return ShardedRetriever(*parts, sharding=instantiate(config.embedding))
