@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from recsys.artifacts import Workspace
+from recsys.data.engines import connected
 from recsys.data.examples import impressions
-from recsys.data.prepare import PrepareSettings, connected, prepare
+from recsys.data.prepare import PrepareSettings, prepare
 from recsys.data.sources.ali_ccp import AliCcp
 from recsys.data.sources.criteo import Criteo
 from recsys.data.sources.kuairand import KuaiRand

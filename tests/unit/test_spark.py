@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import UTC
@@ -28,6 +30,8 @@ from recsys.data.synthetic import SyntheticShop
 from recsys.schema import InputError
 
 T = 1_600_000_000_000
+# The first queries of a JVM are slow, and slower where much else runs.
+pytestmark = pytest.mark.timeout(900)
 LEAVE_ONE_OUT = {"rule": "leave_one_out"}
 TEMPORAL = {"rule": "temporal", "validation_share": 0.2, "test_share": 0.2}
 
@@ -44,6 +48,9 @@ def session() -> Iterator[Any]:
         "spark.driver.memory": "1g",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
+        # Queries are many and small, so that compiling them would take most of the time.
+        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+        "spark.sql.codegen.wholeStage": "false",
         "spark.sql.shuffle.partitions": "3",
         "spark.sql.adaptive.coalescePartitions.enabled": "false",
     }
@@ -288,3 +295,39 @@ def test_what_spark_needs_is_said(
 def test_bad_settings_are_refused(settings: dict, expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         PrepareSettings("shop", **settings)
+
+
+@pytest.mark.slow
+def test_spark_submit_runs_the_recipe(session: Any, tmp_path: Path) -> None:
+    log = split_into(tmp_path / "log", busy(200), [120, 80])
+    recipe = Path(__file__).parents[2] / "training" / "spark_prepare.py"
+    submit = Path(pyspark_home(), "bin", "spark-submit")
+    given = ["--master", "local[1]", "--driver-memory", "700m", "--conf", "spark.ui.enabled=false"]
+    done = subprocess.run(
+        [
+            submit,
+            *given,
+            recipe,
+            "data=events",
+            f"data.path={log}",
+        ],
+        env={
+            **os.environ,
+            "RECSYS_HOME": str(tmp_path / "spark"),
+            "PYSPARK_PYTHON": sys.executable,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "recsys train" in done.stdout
+    theirs = Dataset(Workspace(tmp_path / "spark").find("dataset"))
+    ours = made(tmp_path, "duckdb", log, Events(), LEAVE_ONE_OUT)
+    assert theirs.manifest["files"] == ours.manifest["files"]
+
+
+def pyspark_home() -> str:
+    import pyspark
+
+    return str(Path(pyspark.__file__).parent)

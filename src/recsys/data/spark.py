@@ -22,8 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import sqlglot.expressions as sge
 from pyarrow import types
-from pyspark.sql import Column, DataFrame, SparkSession
-from pyspark.sql import functions as F
 
 from recsys.data.engines import CHUNK
 from recsys.data.sources import ReadsParquet, Source, Tables
@@ -32,6 +30,7 @@ from recsys.data.sources.parts import Part, kind_of, part_of
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
+    from pyspark.sql import Column, DataFrame, SparkSession
 
 WHERE = ("_metadata.file_path", "_metadata.row_index")
 """What Spark says of a row of a file."""
@@ -72,7 +71,7 @@ class Spark:
             schema = tuple(str(part.schema.field(name).type) for name in names)
             alike.setdefault(schema, []).append(part.file)
         frames = [self._frame(files, kinds) for files in alike.values()]
-        whole = reduce(DataFrame.unionByName, frames)
+        whole = reduce(lambda one, more: one.unionByName(more), frames)
         return self._table(self._placed(whole, parts, ROW))
 
     def _frame(self, files: Sequence[Path], kinds: dict[str, str]) -> DataFrame:
@@ -82,6 +81,8 @@ class Spark:
 
     def _placed(self, frame: DataFrame, parts: Sequence[Part], name: str) -> DataFrame:
         """Turn file and row number into the place through all files, in the order of `parts`."""
+        from pyspark.sql import functions as F
+
         firsts = accumulate((part.rows for part in parts), initial=0)
         starts = dict(zip((os.path.abspath(part.file) for part in parts), firsts, strict=False))
         # Spark writes a path as a URI in its own way, so it is asked for that.
@@ -110,6 +111,8 @@ class Spark:
 
         A window over all rows would move them to one executor; here it is the place in the files.
         """
+        from pyspark.sql import functions as F
+
         parts = self._write(name, table.order_by(list(order)))
         frame = self.session.read.parquet(_literal(self.scratch / name)).select("*", *WHERE)
         placed = self._placed(frame, parts, number)
@@ -185,6 +188,8 @@ def _kind(parts: Sequence[Part], name: str) -> str:
 
 
 def _cast(frame: DataFrame, name: str, kind: str) -> Column:
+    from pyspark.sql import functions as F
+
     column = F.col(f"`{name}`")
     if kind == "timestamp" and dict(frame.dtypes)[name] == "bigint":
         # Spark has no nanoseconds and gives them as whole numbers.
