@@ -66,7 +66,10 @@ def joined() -> Iterator[None]:
             if dist.is_initialized():
                 dist.destroy_process_group()
     except Exception as error:
-        raise _told_once(error, rank) from error
+        end = _told_once(error, rank)
+        if end is error:
+            raise
+        raise end from error
     finally:
         _store = None
 
