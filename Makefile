@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIN := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --custom-compile-command 'make constraints'
 
-.PHONY: help install demo test lint gates bench bench-training bench-ranking faults constraints check-image clean
+.PHONY: help install sharded demo test lint gates bench bench-training bench-ranking faults constraints check-image clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
@@ -22,6 +22,10 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
+
+sharded: $(READY)  ## Add TorchRec, for embedding=sharded on a CPU
+	$(BIN)/python -m pip install --quiet --editable '.[sharded]'
+	$(BIN)/python -m pip install --quiet --no-deps torchrec==1.8.0
 
 demo: $(READY)  ## Synthetic shop: prepare, train both stages, export, serve, ask
 	$(BIN)/python scripts/demo.py

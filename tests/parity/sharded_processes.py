@@ -59,19 +59,21 @@ def part(batch: dict[str, Tensor], place: int, parts: int) -> dict[str, Tensor]:
     return {n: b if n == "drawn" else b.chunk(parts)[place] for n, b in batch.items()}
 
 
-class RowwiseAdagrad:
-    """The rule of FBGEMM's EXACT_ROWWISE_ADAGRAD in plain torch: one number a row of state."""
+class Adagrad:
+    """The rules of the tables in plain torch: state of one number a row, or a weight."""
 
-    def __init__(self, tables: list[nn.Embedding]) -> None:
-        self.tables = tables
-        self.states = [torch.zeros(len(table.weight)) for table in tables]
+    def __init__(self, tables: list[nn.Embedding], settings: Sharded) -> None:
+        self.tables, self.rowwise = tables, settings.optimizer == "rowwise_adagrad"
+        sizes = [t.weight.shape[: 1 if self.rowwise else 2] for t in tables]
+        self.states = [torch.zeros(size) for size in sizes]
 
     @torch.no_grad()
     def step(self) -> None:
-        for table, state_N in zip(self.tables, self.states, strict=True):
-            state_N += table.weight.grad.square().mean(1)
-            rate_N = SETTINGS.lr / (state_N.sqrt() + SETTINGS.eps)
-            table.weight -= rate_N[:, None] * table.weight.grad
+        for table, state in zip(self.tables, self.states, strict=True):
+            square_ND = table.weight.grad.square()
+            state += square_ND.mean(1) if self.rowwise else square_ND
+            rate = SETTINGS.lr / (state.sqrt() + SETTINGS.eps)
+            table.weight -= (rate[:, None] if self.rowwise else rate) * table.weight.grad
             table.weight.grad = None
 
 
@@ -100,7 +102,7 @@ def train(model: Pairs, shards: Shards, group: dist.ProcessGroup, steps: range) 
         yield mean.item() / dist.get_world_size(group)
 
 
-def train_dense(model: Pairs, rule: RowwiseAdagrad, steps: range) -> Iterator[float]:
+def train_dense(model: Pairs, rule: Adagrad, steps: range) -> Iterator[float]:
     for step in steps:
         loss = model.loss(batch_of(step))
         loss.backward()
@@ -122,7 +124,7 @@ def dense_of(model: Pairs, file: TableFile) -> Pairs:
     return dense
 
 
-def farthest(file: TableFile, dense: Pairs, rule: RowwiseAdagrad) -> float:
+def farthest(file: TableFile, dense: Pairs, rule: Adagrad) -> float:
     """The largest difference of a vector or a state."""
     expected = {"items": dense.items.weight, "users": dense.users.weight}
     expected |= {"items.momentum1": rule.states[0], "users.momentum1": rule.states[1]}
@@ -135,7 +137,7 @@ def parity(folder: Path, pair: dist.ProcessGroup, settings: Sharded) -> dict:
     first, last = folder / f"start-{settings.by}", folder / f"two-{settings.by}"
     shards.save(first)
     dense = dense_of(model, TableFile(first))
-    rule = RowwiseAdagrad([dense.items, dense.users])
+    rule = Adagrad([dense.items, dense.users], settings)
     dense_losses = list(train_dense(dense, rule, range(STEPS)))
     losses = list(train(model, shards, pair, range(STEPS)))
     shards.save(last)
@@ -181,8 +183,8 @@ def main(rank: int, folder: Path) -> None:
     found = {}
     one, pair, four = (dist.new_group(list(range(size))) for size in (1, 2, 4))
     if rank < 2:
-        for by in ("table_wise", "row_wise"):
-            found[by] = parity(folder, pair, Sharded(by=by, lr=SETTINGS.lr))
+        for settings in (Sharded("table_wise", "adagrad", SETTINGS.lr), SETTINGS):
+            found[settings.by] = parity(folder, pair, settings)
     dist.barrier()
     found["four"] = resumed(folder, four)
     if rank < 2:

@@ -149,7 +149,7 @@ def test_settings_that_cannot_be_are_refused(settings: str, problem: str, ring: 
     def begin() -> None:
         RetrievalJob(configure(["embedding=sharded", *settings.split()]), ring)
 
-    with pytest.raises(Exception, match=".") as error:  # Hydra wraps those of a constructor
+    with pytest.raises(Exception, match=r".") as error:  # Hydra wraps those of a constructor
         begin()
     assert problem in str(explain_config(error.value))
 

@@ -62,6 +62,8 @@ class TableFile:
     @cached_property
     def header(self) -> tuple[dict[str, Any], int]:
         """Each tensor's entry by name, and where their bytes begin."""
+        if not self.path.is_file():
+            raise InputError(f"{self.path} is missing; copy it from where the run was trained")
         with self.path.open("rb") as file:
             size = LENGTH.unpack(file.read(LENGTH.size))[0]
             return json.loads(file.read(size)), LENGTH.size + size
@@ -83,8 +85,6 @@ class TableFile:
 
     def rows(self, name: str) -> Tensor:
         """Return a tensor mapped from the file: read as it is used, and not to be written to."""
-        if not self.path.is_file():
-            raise InputError(f"{self.path} is missing; copy it from where the run was trained")
         at, shape = self._place(name), self.shapes[name]
         mapped = np.memmap(self.path, np.float32, mode="r", offset=at, shape=shape)
         with warnings.catch_warnings():
