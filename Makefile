@@ -45,6 +45,7 @@ gates: $(READY)  ## Real data, hours: accuracy over seeds, speed, latency
 bench: $(READY)  ## Speed, side by side in one run
 	$(BIN)/python scripts/bench_prepare.py
 	$(BIN)/python scripts/bench_serving.py
+	$(BIN)/python scripts/bench_batch.py --ways index exact --kill
 
 faults: $(READY)  ## Kill, swap, drain and overload a server under load: make faults BUNDLES="A B"
 	$(BIN)/python scripts/fault_serving.py --bundles $(BUNDLES)

@@ -317,7 +317,9 @@ def _add_serving(verbs: Any) -> None:
     verb.add_argument("--server", metavar="URL", help="a running server (key: RECSYS_API_KEY)")
     verb.add_argument("--name", default="shop", help="registered model, without --server (shop)")
     verb.add_argument("--why", default="", help="kept in the server's record")
-    verb = _verb(verbs, "recommend", recommend, "one answer in the terminal, or --all-users' files")
+    verb = _verb(
+        verbs, "recommend", recommend, "one answer in the terminal, or everyone's as Parquet"
+    )
     unless = argparse.SUPPRESS
     verb.add_argument("bundle", nargs="?", default=unless, metavar="BUNDLE", help="as --bundle")
     verb.add_argument("--bundle", default="latest", help="name, path, or models:/shop@champion")

@@ -12,7 +12,6 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -220,19 +219,14 @@ def _counts(part: Path) -> Json:
     return counts
 
 
-def run(batch: Batch, shard: Shard = ALONE) -> int:
-    """Write the parts of a shard that are missing, some at a time; return how many people's.
+def run(batch: Batch, shard: Shard = ALONE, advance: Advance = lambda users: None) -> None:
+    """Write the parts of a shard that are missing, some at a time; `advance` as in `Batch.write`.
 
     Raises what the first part to fail raises; the parts that are there stay.
     """
-    parts = batch.missing(shard)
-    users = sum(len(batch.places(part)) for part in parts)
     gc.freeze()  # to look through all that is loaded again and again took a third of the time
-    with (
-        progress(users) as advance,
-        ThreadPoolExecutor(batch.settings.threads, initializer=use_one_core) as pool,
-    ):
-        writing = [pool.submit(batch.write, part, advance) for part in parts]
+    with ThreadPoolExecutor(batch.settings.threads, initializer=use_one_core) as pool:
+        writing = [pool.submit(batch.write, part, advance) for part in batch.missing(shard)]
         try:
             for future in as_completed(writing):
                 future.result()
@@ -242,24 +236,3 @@ def run(batch: Batch, shard: Shard = ALONE) -> int:
             raise
         finally:
             gc.unfreeze()
-    return users
-
-
-@contextmanager
-def progress(users: int) -> Iterator[Advance]:
-    """Show how far it is: people a second since this process began, and what is left at that."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(f"{task.completed / max(task.elapsed or 0, 1e-9):,.0f} users/s")
-
-    counted = TextColumn("{task.completed:,} of {task.total:,} users")
-    console = Console(stderr=True)
-    columns = counted, BarColumn(), Rate(), Remaining(elapsed_when_finished=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=users)
-        yield lambda count: bar.advance(task, count)

@@ -55,7 +55,7 @@ class People:
     def of_bundle(cls, bundle: Bundle) -> People:
         """Return everyone whose events the bundle holds."""
         facts = {"of": "bundle"}
-        rows, ids = np.arange(bundle.num_users), bundle.users.ids
+        rows, ids = np.arange(bundle.num_users), bundle.users.ids.cast(pa.string())
         return cls(ids, rows, _plain(bundle.events), None, None, bundle.has_time, facts)
 
     @classmethod
@@ -84,7 +84,8 @@ class People:
             "fingerprint": there.manifest["fingerprint"],
         }
         facts["unknown_items"] = there.num_items - known
-        rows, ids, events = np.arange(there.num_users), there.users.ids, _plain(there.events)
+        rows, events = np.arange(there.num_users), _plain(there.events)
+        ids = there.users.ids.cast(pa.string())
         return cls(ids, rows, events, items, bundle.users, bundle.has_time, facts)
 
     def __len__(self) -> int:

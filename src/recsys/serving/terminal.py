@@ -6,20 +6,29 @@ import json
 import shlex
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import msgspec
 from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from recsys.artifacts import Workspace
 from recsys.schema import InputError
-from recsys.serving.batch import Batch, run
+from recsys.serving.batch import Advance, Batch, run
 from recsys.serving.batch_settings import BatchSettings, Shard
 from recsys.serving.engine import Engine
 from recsys.serving.messages import RecommendRequest, converted
+
+LINES = 20
+"""So many lines say how far it is where there is no terminal to draw a bar on."""
 
 
 def request_of(arguments: Namespace) -> RecommendRequest:
@@ -99,7 +108,7 @@ def answer_all(batch: Batch) -> tuple[str, Path, str, dict[str, Any]]:
         return "nothing: it was whole", batch.out, _load(batch.out), _facts(batch, manifest)
     there = batch.parts - len(batch.missing())
     console.print(f"{len(batch.people):,} users in {batch.parts:,} parts, {there:,} of them there")
-    answered = 0 if settings.finish else run(batch, shard)
+    answered = 0 if settings.finish else _run(batch, shard, console)
     if not settings.finish and (left := len(batch.missing())):
         made = f"parts of {answered:,} users; {left:,} of {batch.parts:,} are others' to write"
         return made, batch.out, _finish(), _facts(batch, {"missing": left})
@@ -108,6 +117,44 @@ def answer_all(batch: Batch) -> tuple[str, Path, str, dict[str, Any]]:
         console.print(line)
     made = f"recommendations for {manifest['users']:,} users ({answered:,} of them now)"
     return made, batch.out, _load(batch.out), _facts(batch, manifest)
+
+
+def _run(batch: Batch, shard: Shard, console: Console) -> int:
+    """Write a shard's missing parts, and show how far it is; return how many people's."""
+    users = sum(len(batch.places(part)) for part in batch.missing(shard))
+    with progress(users, console) as advance:
+        run(batch, shard, advance)
+    return users
+
+
+class Rate(ProgressColumn):
+    """People a second since this process began, and the time left at that rate."""
+
+    def render(self, task: Task) -> Text:
+        """Return it as text."""
+        rate = max(task.completed / max(task.elapsed or 0.0, 1e-9), 1e-9)
+        left = round(((task.total or 0) - task.completed) / rate)
+        return Text(f"{rate:,.0f} users/s, {timedelta(seconds=left)} left")
+
+
+@contextmanager
+def progress(users: int, console: Console) -> Iterator[Advance]:
+    """Show how far it is: a bar on a terminal, elsewhere a line at each twentieth."""
+    columns = TextColumn("{task.completed:,.0f} of {task.total:,.0f} users"), BarColumn(), Rate()
+    lock = Lock()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        bar.add_task("", total=users)
+        task = bar.tasks[0]
+
+        def advance(count: int) -> None:
+            with lock:
+                before = task.completed
+                bar.advance(task.id, count)
+                if bar.disable and before * LINES // users < task.completed * LINES // users:
+                    done = f"{task.completed:,.0f} of {users:,} users"
+                    console.print(f"{done}, {columns[2].render(task)}")
+
+        yield advance
 
 
 def _facts(batch: Batch, more: dict[str, Any]) -> dict[str, Any]:
