@@ -53,7 +53,8 @@ def serving(bundle: Path, address: str, folder: Path, **parts: Any) -> Iterator[
     deployer = Deployer(folder)
     state = open_state(address, max_events=50, keep_ms=0, sync=False)
     service = Service(deployer, SETTINGS, state=state, **parts)
-    service.items.clock = iter(range(10**9)).__next__  # each look is a second after the last
+    # Each look is a second after the last.
+    service.items.clock, service.items.looked = iter(range(10**9)).__next__, -1.0
     yield service
     service.close()
     state.close()
@@ -206,6 +207,16 @@ def test_after_a_swap_the_bundles_own_vector_goes_first(
     assert call("POST", "/admin/items/prune").json() == {"forgotten": 1, "left": 3}
     assert call("POST", "/admin/bundles/rollback").status_code == 200
     assert ask(call)[0] in ("alien", "i125")
+
+
+@pytest.mark.parametrize("address", ["redis"], indirect=True)
+def test_a_store_that_came_back_empty_is_read_anew(service: Service, call: Call) -> None:
+    add(call, "a", like=["i9"])
+    add(call, "b", vector=SHOES)
+    service.state._redis.flushall()
+    assert "b" not in ask(call)
+    add(call, "c", vector=SHOES)
+    assert ask(call)[0] == "c"
 
 
 def test_listed_by_parts(call: Call) -> None:

@@ -874,6 +874,13 @@ def test_items_are_forgotten_unless_they_changed_since(state):
     assert state.items.put([change("a")]) == 4
 
 
+def test_more_items_than_one_reply_holds(state, monkeypatch):
+    monkeypatch.setattr("recsys.serving.item_log_redis.PAGE", 2)
+    state.items.put([change(str(number)) for number in range(5)])
+    newest, changes = state.items.since(1)
+    assert (newest, [one.number for one in changes]) == (5, [2, 3, 4, 5])
+
+
 def test_items_are_seen_through_another_handle_and_after_a_restart(place):
     first, second = place.open(), place.open()
     first.items.put([change("a")])

@@ -70,7 +70,8 @@ def searcher(
     if kind != "flat":
         raise InputError(
             f"kind={kind} on {device} needs faiss-gpu-cuvs, which sees {faiss_gpus()} GPUs here; "
-            "pip install 'recsys[gpu]' on a machine with one, or take kind=flat"
+            "take kind=flat, which torch searches exactly, or an environment that has it (its CUDA "
+            "libraries and torch's may not go together)"
         )
     return _on_cpu(vectors_ND) if device.type == "cpu" else _through_torch(vectors_ND, device)
 

@@ -56,6 +56,8 @@ def _providers(device: str) -> list[str]:
             f"onnxruntime {onnxruntime.__version__} has {', '.join(there)}, expected {wanted[0]}; "
             "answering on the CPU. Install onnxruntime-gpu in place of onnxruntime"
         )
+    if hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA's and cuDNN's libraries, where they came by pip
     return [provider for provider in wanted if provider in there]
 
 

@@ -63,12 +63,13 @@ class ItemFeed:
     def _look(self, items: ItemLog, at_once: bool) -> None:
         if not at_once and self.clock() - self.looked < items.every:
             return
-        newest, changes = items.since(self.newest)
+        known = self.newest
+        newest, changes = items.since(known)
         self.looked = self.clock()
-        if newest == self.newest:
+        if newest == known:
             return
         with self.lock:
-            if newest < self.newest:  # the store came back empty, or older
+            if newest < known:  # the store came back empty, or older
                 self.changes.clear()
                 self.deltas.clear()
                 self.newest, changes = 0, items.since(0).changes

@@ -22,11 +22,12 @@ end
 return number
 """
 SINCE = """
--- KEYS: changes, order, counter. ARGV: number.
+-- KEYS: changes, order, counter. ARGV: number, how many at most.
 local newest = tonumber(redis.call('GET', KEYS[3]) or '0')
 if newest <= tonumber(ARGV[1]) then return {newest} end
 local found = {newest}
-local order = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. ARGV[1], '+inf', 'WITHSCORES')
+local order = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. ARGV[1], '+inf', 'WITHSCORES',
+  'LIMIT', 0, ARGV[2])
 for at = 1, #order, 2 do
   found[#found + 1] = redis.call('HGET', KEYS[1], order[at])
   found[#found + 1] = order[at + 1]
@@ -47,6 +48,8 @@ return dropped
 """
 AT_ONCE = 500
 """Changes that one script takes: Redis answers nobody else meanwhile."""
+PAGE = 2_000
+"""Changes that one script returns."""
 
 
 class RedisItemLog:
@@ -68,11 +71,16 @@ class RedisItemLog:
             return int(self._put(self._keys, [*words]))
 
     def since(self, number: int) -> Changes:
-        """Return the changes after `number`; one round trip."""
-        with self._available():
-            newest, *found = self._since(self._keys, [number])
-        pairs = zip(found[::2], found[1::2], strict=True)
-        return Changes(int(newest), [replace(decode(c), number=int(at)) for c, at in pairs])
+        """Return the changes after `number`; one round trip for some thousands."""
+        found: list[ItemChange] = []
+        while True:
+            after = found[-1].number if found else number
+            with self._available():
+                newest, *page = self._since(self._keys, [after, PAGE])
+            pairs = zip(page[::2], page[1::2], strict=True)
+            found += [replace(decode(change), number=int(at)) for change, at in pairs]
+            if len(page) < 2 * PAGE:
+                return Changes(int(newest), found)
 
     def forget(self, changes: Sequence[ItemChange]) -> int:
         """Drop changes that are still the newest of their item, some at a time."""

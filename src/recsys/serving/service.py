@@ -132,6 +132,8 @@ class Service:
     def deployed(self, roster: Roster) -> None:
         """Show which bundles answer from now on."""
         arms = {"champion": roster.champion, "challenger": roster.challenger}
+        for engine in filter(None, arms.values()):
+            self.items.view(engine)  # so that no answer waits for what changed before
         self.metrics.serving(
             [
                 (engine.version, str(engine.bundle.manifest["model"]), arm)
