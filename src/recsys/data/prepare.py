@@ -31,6 +31,7 @@ from recsys.artifacts import (
     write_manifest,
     writing,
 )
+from recsys.data.admission import PENDING, waiting
 from recsys.data.dataset import EVENT_ARRAYS, Dataset
 from recsys.data.features import check_key, feature_kinds, typed, write_features
 from recsys.data.sources import Source
@@ -111,11 +112,12 @@ class Coded(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the filters leave: events, and users with count and rank (0 is the busiest)."""
+    """What the filters leave: events, users with count and rank (0 is the busiest), rare events."""
 
     events: ibis.Table
     users: ibis.Table
     dropped: dict[str, int]
+    rare: ibis.Table
 
 
 def prepare(
@@ -134,16 +136,25 @@ def prepare(
     facts = resolved(chosen, source, rule)
     lasting = {name: value for name, value in facts.items() if name not in STAYS_THE_SAME}
     path = workspace.folder("dataset") / f"{chosen.name}-{fingerprint(lasting)[:8]}"
-    if not _is_ready(path):
-        with (
-            _scratch(path.parent, chosen) as scratch,
-            connected(chosen, scratch) as con,
-            writing(path) as folder,
-            _room(path.parent, chosen, facts),
-        ):
+    if not is_ready(path):
+        with making(path, chosen, facts) as (con, folder, scratch):
             _make(con, folder, scratch, chosen, source, rule, facts, stage)
     workspace.mark_latest("dataset", path)
     return Dataset(path)
+
+
+@contextmanager
+def making(
+    path: Path, settings: PrepareSettings, facts: dict[str, Any]
+) -> Iterator[tuple[ibis.BaseBackend, Path, Path]]:
+    """Yield a connection, the folder that becomes the dataset `path`, and one for scratch files."""
+    with (
+        _scratch(path.parent, settings) as scratch,
+        connected(settings, scratch) as con,
+        writing(path) as folder,
+        _room(path.parent, settings, facts),
+    ):
+        yield con, folder, scratch
 
 
 def resolved(settings: PrepareSettings, source: Source, rule: SplitRule) -> dict[str, Any]:
@@ -180,7 +191,8 @@ def _stats(name: str) -> list[list[Any]]:
     return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
-def _is_ready(path: Path) -> bool:
+def is_ready(path: Path) -> bool:
+    """Return whether there is a whole dataset."""
     with suppress(InputError):
         return bool(read_manifest(path, "dataset") and Dataset(path))
     return False
@@ -225,8 +237,8 @@ def _make(
     stage("reading")
     tables = source.read(con, Path(settings.path) if settings.path else None, scratch)
     _check_time(rule, tables.has_time)
-    item_kinds = _kinds(tables.items, "item_id", settings.item_features)
-    user_kinds = _kinds(tables.users, "user_id", settings.user_features)
+    item_kinds = table_kinds(tables.items, "item_id", settings.item_features)
+    user_kinds = table_kinds(tables.users, "user_id", settings.user_features)
     shown = _shown(con, tables, settings.request_features)
     coded = encoded(con, tables.events, shown)
     stage("filtering")
@@ -241,10 +253,13 @@ def _make(
     popularity = _with_shown_items(popularity, coded, settings, shown)
     write_items(con, coded.items, popularity, tables.items, item_kinds, folder)
     write_users(con, coded.users, kept.users, tables.users, user_kinds, folder)
+    if kept.dropped["rare"] and settings.k_core is None:
+        rare = waiting(kept.rare, coded.users, coded.items)
+        write_features(batches(con, rare), folder / PENDING, "user_id", {})
     if shown is not None:
         stage("writing impressions")
     impressions = _write_shown(con, shown, coded, kept, folder)
-    occurring = _occurring(folder / "events") if offsets[-1] else []
+    event_types = occurring(folder / "events") if offsets[-1] else []
     write_manifest(
         folder,
         "dataset",
@@ -253,11 +268,12 @@ def _make(
         num_items=len(popularity["item"]),
         num_events=int(offsets[-1]),
         has_time=tables.has_time,
-        event_types=occurring,
+        event_types=event_types,
         split=where,
         item_features=item_kinds,
         user_features=user_kinds,
         impressions=impressions,
+        log_columns=dict(tables.columns),
         prepare=facts,
         source_rows=count(coded.events) + sum(tables.dropped.values()),
         dropped={**tables.dropped, **kept.dropped, **tables.dropped_requests},
@@ -273,7 +289,8 @@ def _check_time(rule: SplitRule, has_time: bool) -> None:
         )
 
 
-def _kinds(table: ibis.Table | None, key: str, declared: Mapping[str, str]) -> dict[str, str]:
+def table_kinds(table: ibis.Table | None, key: str, declared: Mapping[str, str]) -> dict[str, str]:
+    """Return column → kind of a feature table, {} where there is none; check its key."""
     if table is None:
         if declared:
             raise InputError(
@@ -415,7 +432,7 @@ def filtered(
     import ibis
 
     before = count(coded.events)
-    unique = _unique(con, coded.events) if settings.deduplicate else coded.events
+    unique = each_once(con, coded.events) if settings.deduplicate else coded.events
     after = count(unique)
     events, users, left = _frequent(con, unique, settings)
     if shown is not None and _least(settings, "user") == 1:
@@ -430,7 +447,8 @@ def filtered(
             "data.k_core=null"
         )
     dropped = {"duplicates": before - after, "rare": after - left}
-    return Kept(events, keep(con, "ranked_users", ranked), dropped)
+    rare = unique.anti_join(events, "row")
+    return Kept(events, keep(con, "ranked_users", ranked), dropped, rare)
 
 
 def _least(settings: PrepareSettings, name: str) -> int:
@@ -445,7 +463,7 @@ def _with_shown_users(users: ibis.Table, coded: Coded, shown: Shown) -> ibis.Tab
     return users.union(extra.select("user", count=ibis.literal(0, "int64")))
 
 
-def _unique(con: ibis.BaseBackend, events: ibis.Table) -> ibis.Table:
+def each_once(con: ibis.BaseBackend, events: ibis.Table) -> ibis.Table:
     """Keep the first in the source of events that are the same."""
     counted = events.group_by(SAME_EVENT).aggregate(rows=events.count(), kept=events.row.min())
     repeated = keep(con, "repeated", counted.filter(counted.rows > 1).drop("rows"))
@@ -499,7 +517,7 @@ def write_events(
         .select(*EVENT_ARRAYS)
     )
     total = int(offsets[-1])
-    files = {name: _npy(folder / f"{name}.npy", name, total) for name in EVENT_ARRAYS}
+    files = {name: npy(folder / f"{name}.npy", name, total) for name in EVENT_ARRAYS}
     try:
         written = 0
         for batch in batches(con, ordered):
@@ -517,7 +535,7 @@ def write_events(
     return offsets
 
 
-def _npy(file: Path, name: str, total: int) -> Any:
+def npy(file: Path, name: str, total: int) -> Any:
     """Open a `.npy` file of `total` events, its header written, for its data to follow."""
     # Plain writes fail cleanly on a full disk; a memory map ends the process.
     stream = file.open("wb")
@@ -611,7 +629,7 @@ def _described(
     return table.left_join(typed(features.select(key, *kinds), kinds), key)
 
 
-def _occurring(folder: Path) -> list[str]:
+def occurring(folder: Path) -> list[str]:
     """Return the names of the event types that occur, weakest first."""
     types = np.load(folder / "types.npy", mmap_mode="r")
     counts = count_items(types, len(EVENT_TYPES) + 1)

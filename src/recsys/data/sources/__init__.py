@@ -27,6 +27,8 @@ class Tables(NamedTuple):
     labels: which columns of impressions are labels; () for those with a name in
     `impressions.LABELS`.
     dropped_requests: how many requests of impressions the source left out, by reason.
+    columns: our name of each column that the log has → what is in it, `untyped` for text files;
+    empty for a source whose columns cannot change from one day to the next.
     """
 
     events: ibis.Table
@@ -37,6 +39,7 @@ class Tables(NamedTuple):
     impressions: ibis.Table | None = None
     labels: Sequence[str] = ()
     dropped_requests: Mapping[str, int] = MappingProxyType({})
+    columns: Mapping[str, str] = MappingProxyType({})
 
 
 def no_events() -> ibis.Table:

@@ -24,9 +24,12 @@ from recsys.schema import EVENT_COLUMNS, InputError, suggestion
 
 if TYPE_CHECKING:
     import ibis
+    import ibis.expr.datatypes as dt
 
 COLUMNS = {name: name for name in (*EVENT_COLUMNS, "event_type", "value")}
 OPTIONAL = ("event_type", "value")
+UNTYPED = "untyped"
+"""What is in the columns of a text file, and in one of nulls: they go with any type."""
 SHOWN = ("user_id", "item_id", "timestamp", "request_id", "position", "propensity", "part")
 """Columns of impressions that are neither labels nor context."""
 
@@ -57,10 +60,12 @@ class Events:
     def read(self, con: ibis.BaseBackend, path: Path | None, scratch: Path) -> Tables:
         """Read the log at `path`, the impressions and the feature tables where there are any."""
         shown, shown_has_time = self._shown(con)
+        columns: dict[str, str] = {}
         if path is None and shown is not None:
             events, has_time = no_events(), shown_has_time
         else:
-            events, has_time = self._events(con, existing(path))
+            events, columns = self._events(con, existing(path))
+            has_time = "timestamp" in columns
         if shown is not None and has_time != shown_has_time:
             raise InputError(
                 "events and impressions need one clock, and only one of them has times; name the "
@@ -74,19 +79,22 @@ class Events:
             has_time=has_time,
             impressions=shown,
             labels=tuple(self.labels),
+            columns=columns,
         )
 
-    def _events(self, con: ibis.BaseBackend, found: Path) -> tuple[ibis.Table, bool]:
-        """Return the checked events, and whether they have times."""
+    def _events(self, con: ibis.BaseBackend, found: Path) -> tuple[ibis.Table, dict[str, str]]:
+        """Return the checked events, and what is in each column that the log has."""
         raw = self._open(con, found)
         wanted = {ours: str(theirs) for ours, theirs in self._wanted().items() if theirs}
         names = mapped((c for c in raw.columns if c != ROW), wanted, OPTIONAL, found.name)
         chosen = {ours: raw[theirs] for ours, theirs in names.items()}
         if _kind(found) == "parquet":
             log = raw.select(row=raw[ROW], **chosen)
+            columns = {name: _content(column.type()) for name, column in chosen.items()}
         else:
             log = kept_rows(con, "raw_events", raw.select(**chosen), found)
-        return Log(log, found.name, names, self.event_types).events(), "timestamp" in names
+            columns = dict.fromkeys(chosen, UNTYPED)
+        return Log(log, found.name, names, self.event_types).events(), columns
 
     def _shown(self, con: ibis.BaseBackend) -> tuple[ibis.Table | None, bool]:
         """Return the impressions under our names, and whether they have times."""
@@ -143,6 +151,17 @@ class Events:
             return parquet(con, [found])
         with reading(found):
             return delimited(con, found, delimiter=self.delimiter)
+
+
+def _content(dtype: dt.DataType) -> str:
+    """Return what a Parquet column holds, as a message says it."""
+    if dtype.is_timestamp() or dtype.is_date():
+        return "moments"
+    if dtype.is_null():
+        return UNTYPED
+    if dtype.is_integer():
+        return "whole numbers"
+    return "numbers" if dtype.is_numeric() else "text"
 
 
 def _kind(file: Path) -> str:
