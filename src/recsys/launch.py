@@ -44,6 +44,8 @@ def _refuse_idle(config: DictConfig, shipped: DictConfig, overrides: Sequence[st
     _refuse_unknown("", config, shipped)
     _refuse_of_other_stage(config, overrides)
     _refuse_of_growth(config, overrides)
+    if config.resume_from is None and any(_part(o) == "replay" for o in overrides):
+        raise InputError("replay has no effect without a run to continue: resume_from=RUN")
     for section in SECTIONS:
         _refuse_unknown(f"{section}.", config[section], shipped[section])
     parts = {str(name): node for name, node in config.items()}
@@ -165,6 +167,10 @@ def train(overrides: Sequence[str], workspace: Workspace) -> Any:
             raise InputError(f"a resumed run keeps its settings; leave out {' '.join(others)}")
         trained = resume(workspace.find("run", config.resume), workspace)
     else:
+        if config.resume_from is not None:
+            from recsys.training.warm import continued
+
+            config = continued(config, overrides, workspace)
         dataset = open_dataset(config, workspace)
         _show(dataset)
         trained = train_run(config, dataset, workspace)

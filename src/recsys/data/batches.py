@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from recsys.data.dataset import Dataset
-from recsys.history import Arrays, encode, pack
+from recsys.data.fresh import Fresh
+from recsys.history import Arrays, Histories, encode, pack
 from recsys.schema import InputError
 
 Step = tuple[int, int]
@@ -102,12 +103,17 @@ class Steps(Sampler[Step]):
 
 
 class EventBatches(Batches):
-    """Batches of histories that end at training events, read from the memory-mapped dataset."""
+    """Batches of histories that end at training events, read from the memory-mapped dataset.
+
+    With `fresh`, examples have new targets, and a share of them old ones, spread evenly.
+    """
 
     derived = ("order", "users", "ends")
 
-    def __init__(self, dataset: Dataset, size: int, seed: int, length: int) -> None:
-        self.length = length
+    def __init__(
+        self, dataset: Dataset, size: int, seed: int, length: int, fresh: Fresh | None = None
+    ) -> None:
+        self.length, self.fresh = length, fresh
         super().__init__(dataset, size, seed)
         if not self.total:
             raise InputError(
@@ -117,15 +123,34 @@ class EventBatches(Batches):
 
     def _derive(self) -> None:
         super()._derive()
-        self.users, self.ends = self.examples()
+        ends = self.dataset.split.train_end
+        firsts = np.ones_like(ends)
+        cut = firsts if self.fresh is None else np.clip(self.fresh.first_U, 1, np.maximum(ends, 1))
+        new, old = self.examples(cut, ends), self.examples(firsts, cut)
+        self.new, self.old = len(new[0]), len(old[0])
+        self.users, self.ends = (np.concatenate(pair) for pair in zip(new, old, strict=True))
 
     @property
     def total(self) -> int:
-        """Training examples."""
-        return len(self.users)
+        """Training examples of an epoch."""
+        return self.new + (0 if self.fresh is None else self.fresh.replayed(self.new, self.old))
 
-    def examples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return each training example's user row and the place in the trajectory where it ends."""
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if self.fresh is None:
+            return super()._order(epoch)
+        rng = np.random.default_rng([self.seed, epoch])
+        replayed = self.new + rng.permutation(self.old)[: self.total - self.new]
+        parts = rng.permutation(self.new), replayed
+        places = [(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts]
+        return np.concatenate(parts)[np.argsort(np.concatenate(places), kind="stable")]
+
+    def examples(
+        self, firsts: NDArray[np.int64], ends: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return each example's user row and the place in the trajectory where it ends.
+
+        Its targets are at places from `firsts` up to but without `ends`, both int64 [U].
+        """
         raise NotImplementedError
 
 
@@ -146,25 +171,35 @@ class PackedBatches(EventBatches):
         length: int,
         windows: Literal["last", "all"] = "all",
         horizon: int = 1,
+        fresh: Fresh | None = None,
     ) -> None:
         if horizon < 1:
             raise InputError(f"batches.horizon={horizon}: expected 1 (the next event) or more")
         self.windows, self.horizon = windows, horizon
-        super().__init__(dataset, size, seed, length)
+        super().__init__(dataset, size, seed, length, fresh)
 
-    def examples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def examples(
+        self, firsts: NDArray[np.int64], ends: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """One example a window of `length` positions, counted back from the newest event."""
-        ends = self.dataset.split.train_end
-        users = np.flatnonzero(ends >= 2)
-        ends = ends[users]
-        counts = np.ones_like(ends) if self.windows == "last" else -(-(ends - 1) // self.length)
+        users = np.flatnonzero(ends > firsts)
+        targets, ends = ends[users] - firsts[users], ends[users]
+        counts = np.ones_like(ends) if self.windows == "last" else -(-targets // self.length)
         back = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return np.repeat(users, counts), np.repeat(ends, counts) - back * self.length
 
     def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
         """Return packed rows, see `history.pack`."""
         histories = self.dataset.histories(self.users[rows], self.ends[rows], self.length + 1)
-        return pack(histories, self.length, self.horizon, rng)
+        return pack(histories, self.length, self.horizon, rng, self._trains(rows, histories))
+
+    def _trains(self, rows: NDArray[np.int64], histories: Histories) -> NDArray[np.bool_] | None:
+        if self.fresh is None:
+            return None
+        rows_E = np.repeat(rows, histories.lengths)
+        to_end_E = np.repeat(histories.offsets[1:], histories.lengths) - np.arange(len(rows_E))
+        places_E = self.ends[rows_E] - to_end_E
+        return self.fresh.trains(self.users[rows_E], places_E, rows_E < self.new)
 
 
 class PairBatches(EventBatches):
@@ -172,11 +207,17 @@ class PairBatches(EventBatches):
 
     layout = "pairs"
 
-    def examples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """One example for each training event that has an earlier one; `ends` is its place."""
-        counts = np.maximum(self.dataset.split.train_end - 1, 0)
+    def examples(
+        self, firsts: NDArray[np.int64], ends: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """One example a target; `ends` is its place."""
+        counts = np.maximum(ends - firsts, 0)
         users = np.repeat(np.arange(len(counts)), counts)
-        return users, np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + 1
+        places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts - firsts, counts)
+        if self.fresh is None:
+            return users, places
+        kept = places != self.fresh.held_U[users]
+        return users[kept], places[kept]
 
     def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
         """Return right-padded histories, `users` (row + 1), `targets` and `target_types`."""

@@ -34,7 +34,7 @@ from recsys.data.prepare import (
     resolved,
 )
 from recsys.data.sources import Source, Tables
-from recsys.data.splits import DAY, SplitRule, count_items, rule_of
+from recsys.data.splits import DAY, FOREVER, SplitRule, count_items, rule_of
 from recsys.schema import EVENT_TYPES, InputError
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 Ints = NDArray[np.int64]
 KEPT = ("name", "min_user_events", "min_item_events", "k_core", "deduplicate")
 """Settings that a grown dataset has from the one that it grows from."""
-FOREVER = -(2**63)
-"""A moment before all events."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ CHUNK = 4_000_000
 """Events looked at together, so that memory does not grow with the log."""
 DAY = 86_400_000
 """Milliseconds."""
+FOREVER = -(2**63)
+"""A moment before all events."""
 
 
 @dataclass(frozen=True)

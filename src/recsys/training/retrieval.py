@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from torch import Tensor
 
-from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset
-from recsys.evaluation.scorers import ModelScorer
+from recsys.evaluation.scorers import ModelScorer, Scorer
 from recsys.training.callbacks import FullRanking, averaged
 from recsys.training.module import Objective, RetrieverModule
 from recsys.training.runs import BEST, build_model, load_weights, short_name
@@ -26,20 +26,34 @@ class RetrievalJob:
         check_start(config.item_start)
         self.config, self.dataset = config, dataset
         model = build_model(config, dataset)
-        self.batches = instantiate(
-            config.batches, dataset=dataset, seed=config.seed, length=config.model.max_length
-        )
+        self.batches = self._batches()
         self.module = RetrieverModule(
             model,
             instantiate(config.loss),
             instantiate(config.optimizer),
-            torch.from_numpy(Catalogue.of(dataset).train_count),
+            self._target_share(),
             config.seed,
             Objective(**config.objective),
         )
         averaging = averaged(config.averaging, self.batches.steps)
         self.validation = FullRanking(dataset, config.evaluation.exclude_seen, averaging)
         self.lineage: dict[str, Any] = {}
+
+    def _batches(self) -> Any:
+        return instantiate(
+            self.config.batches,
+            dataset=self.dataset,
+            seed=self.config.seed,
+            length=self.config.model.max_length,
+        )
+
+    def _target_share(self) -> Tensor:
+        """Return what each item's share of the targets is in proportion to: [N + 1]."""
+        return torch.from_numpy(self.dataset.train_count)
+
+    def _beside(self) -> list[Scorer]:
+        """Return what the test puts beside the baselines."""
+        return []
 
     def begin(self, folder: Path) -> None:
         """Put the item vectors where a new training starts."""
@@ -51,4 +65,4 @@ class RetrievalJob:
         name = short_name(self.config.model._target_)
         scorer = ModelScorer(self.module.model.eval().cpu(), name=name)
         exclude = self.config.evaluation.exclude_seen
-        return rank_test(folder, self.dataset, scorer, self.validation, exclude)
+        return rank_test(folder, self.dataset, scorer, self.validation, exclude, self._beside())
