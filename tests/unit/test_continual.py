@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -13,16 +15,16 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from recsys.artifacts import Workspace
+from recsys.artifacts import Workspace, write_manifest
 from recsys.cli import main
 from recsys.data.batches import PackedBatches, PairBatches
 from recsys.data.dataset import Dataset
 from recsys.data.fresh import Fresh
 from recsys.history import Histories, pack
 from recsys.schema import InputError
+from recsys.training.gate import main as gate
 from recsys.training.growth import grow_weights
-from recsys.training.runs import build_model, load_run, read_config
-from recsys.training.warm import BEFORE
+from recsys.training.runs import BEFORE, build_model, load_run, read_config
 
 USERS, ITEMS, DAYS = 60, 24, 9
 DAY = 86_400
@@ -84,9 +86,23 @@ def datasets(workspace: Workspace) -> tuple[Dataset, Dataset]:
     return Dataset(Path(now.manifest["grown"]["onto"]["path"])), now
 
 
-def continued(command: str, capsys: pytest.CaptureFixture[str]) -> dict:
-    assert main(["train", *command.split(), "data.dataset=latest", "--json"]) == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+def continued(command: str) -> dict:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main(["train", *command.split(), "data.dataset=latest", "--json"]) == 0
+    return json.loads(said.getvalue().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def second(home: Path) -> dict[str, dict]:
+    """What the continued trainings `path-2` and `towers-2` said."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECSYS_HOME", str(home))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return {
+            "path": continued("resume_from=path name=path-2 trainer.max_epochs=3 logger=mlflow"),
+            "towers": continued("resume_from=towers name=towers-2 trainer.max_epochs=3"),
+        }
 
 
 def test_pack_leaves_out_targets_that_may_not_be() -> None:
@@ -150,26 +166,30 @@ def test_replay_is_a_share_of_every_batch(layout: Any, workspace: Workspace) -> 
 
 @pytest.mark.parametrize("name", ["path", "towers"])
 def test_a_continued_run_learns_the_new_and_reports_the_old(
-    name: str, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+    name: str, workspace: Workspace, second: dict[str, dict]
 ) -> None:
-    # The last epoch's settings hold on; what is typed changes them.
-    found = continued(f"resume_from={name} name={name}-2 trainer.max_epochs=3", capsys)
-    run, before = (
-        load_run(workspace.find("run", f"{name}-2")),
-        load_run(workspace.find("run", name)),
-    )
+    found = second[name]
+    run, before = (load_run(workspace.find("run", n)) for n in (f"{name}-2", name))
     assert run.config.model == before.config.model
     assert run.config.optimizer == before.config.optimizer
-    assert run.manifest["epochs"] == 3
-    # Two steps of Adam on two days' events: better than none, or near it for two towers.
+    assert run.manifest["epochs"] == 3, "what is typed changes a setting of the run before"
+    # A few steps on two days' events: better than none, or near it for two towers.
     assert found["test"]["ndcg@10"] > 0.98 * found[BEFORE]["ndcg@10"]
     assert found["old_holdout_before"] == before.manifest["metrics"]["test"]
     assert found["old_holdout"]["ndcg@10"] > 0.5 * found["old_holdout_before"]["ndcg@10"]
     assert run.manifest["parent"]["name"] == name
     assert run.manifest["chain"] == [name]
-    assert main(["evaluate", f"{name}-2", "--json"]) == 0
-    again = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert again["old_holdout"] == found["old_holdout"]
+
+
+def test_mlflow_knows_the_lineage(workspace: Workspace, second: dict[str, dict]) -> None:
+    manifest = load_run(workspace.find("run", "path-2")).manifest
+    run = MlflowClient(workspace.tracking_uri).get_run(manifest["mlflow_run_id"])
+    assert run.data.tags["parent_run"] == "path"
+    assert run.data.tags["chain"] == "path"
+    assert run.data.metrics["old holdout/ndcg_at_10"] == pytest.approx(
+        second["path"]["old_holdout"]["ndcg@10"]
+    )
+    assert "old holdout before/ndcg_at_10" in run.data.metrics
 
 
 @pytest.mark.parametrize("name", ["path", "towers"])
@@ -205,30 +225,37 @@ def test_known_rows_stay_and_new_ones_start_near_what_is_alike(
 
 
 def test_an_interrupted_continued_run_goes_on(
-    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, second: dict[str, dict], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = continued("resume_from=path name=whole trainer.max_epochs=3", capsys)
     run = workspace.folder("run") / "cut"
-    continued("resume_from=path name=cut trainer.max_epochs=2", capsys)
+    continued("resume_from=path name=cut trainer.max_epochs=1")
     (run / "manifest.json").unlink()
     text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace("max_epochs: 2", "max_epochs: 3"))
+    (run / "config.yaml").write_text(text.replace("max_epochs: 1", "max_epochs: 3"))
+    capsys.readouterr()
     assert main(["train", "resume_from=cut", "data.dataset=latest"]) == 2
     assert "is not finished; go on with it: recsys train resume=cut" in capsys.readouterr().err
     assert main(["train", "resume=cut", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["test"] == whole["test"]
-    assert result["old_holdout"] == whole["old_holdout"]
+    for part in ("test", "old_holdout", "old_holdout_before"):
+        assert result[part] == second["path"][part]
 
 
-def test_mlflow_knows_the_lineage(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    continued("resume_from=path name=tracked trainer.max_epochs=1 logger=mlflow", capsys)
-    manifest = json.loads((workspace.find("run", "tracked") / "manifest.json").read_text())
-    run = MlflowClient(workspace.tracking_uri).get_run(manifest["mlflow_run_id"])
-    assert run.data.tags["parent_run"] == "path"
-    assert run.data.tags["chain"] == "path"
-    assert "old holdout/ndcg_at_10" in run.data.metrics
-    assert "old holdout before/ndcg_at_10" in run.data.metrics
+def test_the_gate_ends_with_3_where_a_run_is_worse(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"test": 0.39, BEFORE: 0.4, "old_holdout": 0.3, "old_holdout_before": 0.3}
+    run = workspace.folder("run") / "gated"
+    run.mkdir()
+    metrics = {name: {"ndcg@10": value} for name, value in figures.items()}
+    write_manifest(run, "run", metrics=metrics)
+    assert gate(["gated", "--new", "0.03"]) == 0
+    assert gate(["gated", "--new", "0.02"]) == 3
+    assert "0.3900, before 0.4000, at least 0.3920 wanted: worse" in capsys.readouterr().err
+    assert gate(["gated", "--new", "0.03", "--old", "-0.01"]) == 3
+    assert gate(["path"]) == 2
+    assert "run path was not continued from another" in capsys.readouterr().err
+    shutil.rmtree(run)
 
 
 MISTAKES = {

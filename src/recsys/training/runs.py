@@ -18,6 +18,8 @@ from recsys.data.dataset import Dataset
 from recsys.schema import InputError
 
 BEST, LAST = Path("checkpoints/best.ckpt"), Path("checkpoints/last.ckpt")
+BEFORE, OLD, OLD_BEFORE = "run before", "old_holdout", "old_holdout_before"
+"""Metrics of a continued run: the run before on the test part, and both on that run's own."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,17 @@ from recsys.evaluation.scorers import EvaluationBatch, ModelScorer, Scorer
 from recsys.schema import InputError
 from recsys.training.growth import grow_weights
 from recsys.training.retrieval import RetrievalJob
-from recsys.training.runs import LoadedRun, dataset_of, is_ranker, load_run, read_config
+from recsys.training.runs import (
+    BEFORE,
+    OLD,
+    OLD_BEFORE,
+    LoadedRun,
+    build_model,
+    dataset_of,
+    is_ranker,
+    load_run,
+    read_config,
+)
 from recsys.training.testing import Tested
 from recsys.training.tracking import flatten
 
@@ -50,8 +60,6 @@ IDLE = ("experiment", "debug", "item_start", "ranking", "features", "examples")
 """What has no effect on such a training, or on too much of it."""
 MAY_DIFFER = ("dropout",)
 """Settings of a model that its weights do not depend on."""
-BEFORE, OLD, OLD_BEFORE = "run before", "old_holdout", "old_holdout_before"
-"""Entries of the metrics: the run before on the new test part, and both on its own test part."""
 
 
 def continued(config: DictConfig, overrides: Sequence[str], workspace: Workspace) -> DictConfig:
@@ -183,9 +191,7 @@ class ContinuedJob(RetrievalJob):
         return ContinuedTested(tested.rows, tested.metrics | both, tested.files, found)
 
     def _beside(self) -> list[Scorer]:
-        """Return the run before with rows for what is new, as it is put where nothing is learnt."""
-        from recsys.training.runs import build_model
-
+        """Return the run before, with rows for what is new that nothing was learnt of."""
         model = build_model(self.config, self.dataset)
         grow_weights(model, self.before, self.dataset)
         return [ModelScorer(model.eval(), name=BEFORE)]
