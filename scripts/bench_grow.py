@@ -9,7 +9,10 @@ import argparse
 import json
 import tempfile
 import time
+from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -22,14 +25,15 @@ from recsys.data.sources.events import Events
 SPLIT = {"rule": "temporal"}
 
 
-def cut(file: Path, first: int, base: Path, day: Path) -> None:
-    """Write the first rows of a log to one file and the rest to another."""
+def cut(file: Path, places: list[int], parts: list[Path]) -> None:
+    """Write the rows of a log from each place up to the next to a file of their own."""
     seen = 0
-    with pq.ParquetWriter(base, SCHEMA) as old, pq.ParquetWriter(day, SCHEMA) as new:
+    with ExitStack() as stack:
+        files = [stack.enter_context(pq.ParquetWriter(part, SCHEMA)) for part in parts]
         for batch in pq.ParquetFile(file).iter_batches(BATCH):
-            place = min(max(first - seen, 0), len(batch))
-            old.write_batch(batch.slice(0, place))
-            new.write_batch(batch.slice(place))
+            ends = [min(max(place - seen, 0), len(batch)) for place in places]
+            for out, (first, last) in zip(files, pairwise(ends), strict=True):
+                out.write_batch(batch.slice(first, last - first))
             seen += len(batch)
 
 
@@ -37,31 +41,40 @@ def settings(file: Path, memory: str) -> dict[str, object]:
     return {"name": file.stem, "path": str(file), "memory_limit": memory}
 
 
-def measure(
-    root: Path, old: int, day: int, memory: str, users: int, items: int
-) -> dict[str, float]:
-    """Return seconds of preparing the old log, of growing it, and of that before the merge."""
-    whole, base, new = (root / f"{name}.parquet" for name in ("whole", "base", "day"))
-    generate(whole, old + day, users, items, 0)
-    cut(whole, old, base, new)
-    workspace, stages = Workspace(root / "workspace"), {}
-    began = time.perf_counter()
+class Clock:
+    """Seconds since it was made, by the wall and of the processor."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+        return {"seconds": round(wall, 2), "cpu_seconds": round(cpu, 2)}
+
+
+def measure(root: Path, old: int, days: list[int], memory: str, sizes: tuple[int, int]) -> None:
+    """Print what preparing the old log takes, and growing it by each day, and that up to the merge.
+
+    The days follow each other in the log; each is put onto the old dataset.
+    """
+    whole, base = root / "whole.parquet", root / "base.parquet"
+    logs = [root / f"day-{day}.parquet" for day in days]
+    places = [0, old, *(old + sum(days[: n + 1]) for n in range(len(days)))]
+    generate(whole, places[-1], *sizes, 0)
+    cut(whole, places, [base, *logs])
+    workspace, clock = Workspace(root / "workspace"), Clock()
     dataset = prepare(settings(base, memory), Events(), SPLIT, workspace)
-    prepared = time.perf_counter()
-    grow(
-        Growth(str(dataset.path)),
-        settings(new, memory),
-        Events(),
-        workspace,
-        lambda stage: stages.setdefault(stage, time.perf_counter()),
-    )
-    return {
-        "old": old,
-        "day": day,
-        "prepare_old_seconds": prepared - began,
-        "grow_seconds": time.perf_counter() - prepared,
-        "of_which_reading_the_day": stages["merging"] - prepared,
-    }
+    print(json.dumps({"old": old, **clock.read()}), flush=True)
+    for day, log in zip(days, logs, strict=True):
+        clock, stages = Clock(), {}
+        growth = Growth(str(dataset.path))
+
+        def stage(name: str, clock: Clock = clock, stages: dict[str, Any] = stages) -> None:
+            stages[name] = clock.read()["cpu_seconds"]
+
+        grow(growth, settings(log, memory), Events(), workspace, stage)
+        up_to = {"cpu_seconds_reading": stages["merging"]}
+        print(json.dumps({"old": old, "day": day, **clock.read(), **up_to}), flush=True)
 
 
 def main() -> None:
@@ -74,10 +87,8 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes = int(arguments.users), int(arguments.items)
     for old in arguments.old:
-        for day in arguments.day:
-            with tempfile.TemporaryDirectory() as root:
-                found = measure(Path(root), int(old), int(day), arguments.memory, *sizes)
-            print(json.dumps({k: round(v, 2) for k, v in found.items()}), flush=True)
+        with tempfile.TemporaryDirectory() as root:
+            measure(Path(root), int(old), [int(d) for d in arguments.day], arguments.memory, sizes)
 
 
 if __name__ == "__main__":
