@@ -7,8 +7,9 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PIN := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --custom-compile-command 'make constraints'
 
-.PHONY: help install demo test lint gates bench bench-training bench-ranking faults clean
+.PHONY: help install demo test lint gates bench bench-training bench-ranking faults constraints check-image clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
@@ -28,7 +29,7 @@ demo: $(READY)  ## Synthetic shop: prepare, train both stages, export, serve, as
 test: lint  ## Lint, types, layers, and every fast test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m 'not slow and not gpu'
 
-lint: $(READY)
+lint: $(READY)  ## Style, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -52,6 +53,17 @@ bench-training: $(READY)  ## Two hours and more: training beside three libraries
 bench-ranking: $(READY)  ## Rankers beside three libraries on MovieLens, and the ranking stage's latency
 	$(BIN)/python scripts/bench_ranking.py
 	$(BIN)/python scripts/bench_rank_stage.py
+
+constraints: $(READY)  ## Pin the versions of what the images install, to the newest that fit
+	$(BIN)/python -m pip install --quiet uv
+	mkdir -p constraints
+	printf 'build\nhatchling\npip\n' | $(PIN) - -o constraints/build.txt
+	$(PIN) pyproject.toml --extra train --extra gpu --extra redis -o constraints/train.txt
+	$(PIN) pyproject.toml --extra serve --extra redis --extra kafka --extra trace -o constraints/serve.txt
+	$(PIN) pyproject.toml --extra serve-gpu --extra redis --extra kafka --extra trace -o constraints/serve-gpu.txt
+
+check-image: $(READY)  ## As root: the image's steps, one by one, without a container engine
+	$(BIN)/python scripts/check_image.py
 
 clean:  ## Remove the environment and results of builds, not the workspace
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache

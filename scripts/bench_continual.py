@@ -223,7 +223,8 @@ class Simulation:
         length = run.config.model.max_length
         made = {"dataset": run.dataset, "seed": 0, "length": length, "fresh": fresh}
         batches: EventBatches = instantiate(run.config.batches, **made)
-        return int(np.minimum(batches.ends[batches.order(0)] - 1, length).sum())
+        rows = batches.order.rows(0, 0, batches.total)
+        return int(np.minimum(batches.find(rows)[1] - 1, length).sum())
 
 
 def steps(arguments: argparse.Namespace) -> Iterator[tuple[int, int, str]]:
@@ -279,10 +280,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no step after so many")
     sizes = {"users": 5000, "items": 2000, "aisles": 40, "events": 30, "base-days": 14, "days": 10}
-    trains = {"epochs": 30, "patience": 3, "warm-epochs": 2, "scratch-every": 1, "dim": 32}
+    trains = {"epochs": 30, "patience": 3, "warm-epochs": 3, "scratch-every": 1, "dim": 32}
     for name, default in (sizes | trains).items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--replay", type=float, default=0.3)
+    parser.add_argument("--replay", type=float, default=0.7)
     parser.add_argument("--warm-lr", type=float, default=1e-3)
     arguments = parser.parse_args()
     began = time.monotonic()

@@ -3,6 +3,7 @@
     python scripts/bench_gpu.py                  # d 256, 8 layers, length 512, 1,000,000 items
     python scripts/bench_gpu.py --small          # the same on a CPU at small size, in a minute
     python scripts/bench_gpu.py --rectools PYTHON   # beside RecTools in that interpreter
+    python scripts/bench_gpu.py --search            # FAISS and torch on the device, and the CPU
 
 Each row is the real command in a process of its own, on made-up sequences that `recsys prepare`
 reads. Lightning's profiler times a block of steps after some that warm up, and then stops the
@@ -15,6 +16,7 @@ it at the same sizes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -50,6 +52,12 @@ ROWS = {
     ],
 }
 RECTOOLS = "RecTools"
+SEARCHED = (1_000_000, 10_000_000)
+SEARCHES = (
+    *(("cpu", "flat"), ("cuda", "torch"), ("cuda", "flat")),
+    *(("cuda", "ivf_flat"), ("cuda", "cagra")),
+)
+"""Device and kind; `torch` is exact search without FAISS."""
 console = Console(width=max(120, Console().width))
 
 
@@ -301,10 +309,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=300, help="seconds a row at most")
     parser.add_argument("--threads", type=int, default=cores)
     parser.add_argument("--workers", type=int, help="loader processes; default: 8, --small: 0")
+    parser.add_argument(
+        "--search",
+        type=int,
+        nargs="*",
+        metavar="ITEMS",
+        help="search instead of training, over so many items (1,000,000 and 10,000,000)",
+    )
     parser.add_argument("--rectools", help="Python interpreter that has RecTools")
     parser.add_argument("--rectools-items", type=int, default=20_000, help="catalogue beside it")
     parser.add_argument("--out", default="workspace/benchmarks/gpu")
-    return parser.parse_args()
+    given = parser.parse_args()
+    given.search = list(SEARCHED) if given.search == [] else given.search
+    return given
 
 
 def sizes_of(given: argparse.Namespace) -> Sizes:
@@ -313,12 +330,34 @@ def sizes_of(given: argparse.Namespace) -> Sizes:
     return replace(sizes, **{name: value for name, value in asked.items() if value is not None})
 
 
+def searches(given: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
+    """Time search on the device beside the CPU's, each in a process of its own; print a table."""
+    found = []
+    sizes = [20_000] if given.small else given.search
+    for items, (device, kind) in itertools.product(sizes, SEARCHES):
+        if given.small and device == "cuda":
+            continue
+        asked = {"items": items, "dim": 64, "device": device, "kind": kind}
+        command = [sys.executable, str(HERE / "search_point.py"), json.dumps(asked)]
+        environment = driver_environment(given.threads, HERE, gpu=not given.small)
+        answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+        lines = (answer.stderr if answer.returncode else answer.stdout).splitlines() or ["nothing"]
+        row = {"error": lines[-1]} if answer.returncode else json.loads(lines[-1])
+        found.append({**asked, **row})
+        console.print(found[-1])
+    (out / "search.json").write_text(json.dumps(found, indent=1))
+    return found
+
+
 def main() -> None:
     given = arguments()
     given.losses = given.losses or (list(ROWS)[:2] if given.small else list(ROWS))
     workers = given.workers if given.workers is not None else 0 if given.small else 8
     out = Path(given.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
+    if given.search is not None:
+        searches(given, out)
+        return
     bench = Bench(out, not given.small, given.threads, workers, given.limit)
     device, measured = bench.matrix_rate(), []
     facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "arguments": vars(given)}

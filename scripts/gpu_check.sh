@@ -2,6 +2,7 @@
 # Where a CUDA device is at hand: the gpu-marked tests, training on synthetic data, and the GPU
 # benchmark, beside RecTools where RECTOOLS names a Python interpreter that has it.
 # Without one, `scripts/gpu_check.sh cpu` runs the same at small size, to see that it works.
+# Where scripts/gpu_wheels.sh has made ./wheels, they are used, and nothing is installed for good.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device=${1:-gpu}
@@ -10,6 +11,10 @@ export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
 RECSYS_HOME=$(mktemp -d)
 export RECSYS_HOME
 trap 'rm -rf "$RECSYS_HOME"' EXIT
+if [ -d wheels ]; then
+  "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$RECSYS_HOME/site" wheels/*.whl
+  export PYTHONPATH=$PYTHONPATH:$RECSYS_HOME/site
+fi
 
 "$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda, torch.cuda.is_available() and torch.cuda.get_device_name())'
 if [ "$device" = gpu ]; then

@@ -171,20 +171,29 @@ def write_tiny_bundle(
     ranker: onnx.ModelProto | None = None,
     candidates: int = 20,
     featured: bool = False,
+    index: str = "flat",
+    effort: int | None = None,
+    alike: int = 0,
 ) -> Path:
     """Write a bundle: user u looked at items u + 1 to u + 3; the first items are most popular.
 
-    featured: the ranker answers with `TASKS`, and reads features of `COLUMNS`.
+    featured: the ranker answers with `TASKS`, and reads features of `COLUMNS`. index: its kind;
+    effort: lists to look into, in place of what it was tuned to. alike: so many items that follow
+    each other in an aisle have one vector.
     """
     ids = item_ids(num_items)
     vectors_ND = item_vectors(num_items, dim)
+    if alike:
+        items = np.arange(num_items)
+        vectors_ND = vectors_ND[items // (alike * len(AISLES)) * alike * len(AISLES) + items % 4]
     columns = {"item_id": ids, "count": np.arange(num_items, 0, -1) * 10}
     if has_categories:
         columns["title"] = [f"Title {i + 1}" for i in range(num_items)]
         columns["category"] = [AISLES[i % len(AISLES)] for i in range(num_items)]
         columns["price"] = np.linspace(1, 9, num_items)
         columns["vector"] = list(vectors_ND)
-    built = build(vectors_ND, {"kind": "flat"})
+    built = build(vectors_ND, {"kind": index})
+    facts_of_index = built.facts | ({} if effort is None else {"nprobe": effort})
     with writing(path) as scratch:
         pq.write_table(pa.table(columns), scratch / "items.parquet")
         users = tiny_users(num_users)
@@ -204,7 +213,7 @@ def write_tiny_bundle(
         facts = {"name": "tiny", "version": path.name, "model": "trajectory", "run": "none"}
         sizes = {"dim": dim, "interests": 1, "max_length": MAX_LENGTH}
         counts = {"num_items": num_items, "num_users": num_users, "has_time": has_time}
-        more = {"encoder_inputs": list(inputs), "event_types": ["view"], "index": built.facts}
+        more = {"encoder_inputs": list(inputs), "event_types": ["view"], "index": facts_of_index}
         facts |= sizes | counts | more | ranked
         write_manifest(scratch, "bundle", **facts, self_test=[])
     return path

@@ -24,7 +24,7 @@ class Pipeline:
         self.ids = self.bundle.item_ids
         self.users, self.inputs = self.bundle.users, self.bundle.encoder_inputs
         self.encoder = session(self.bundle.encoder_path)
-        self.index = faiss.read_index(str(self.bundle.index_path))
+        self.index = faiss.read_index(str(self.bundle.index_paths[0]))
         effort = self.bundle.manifest["index"].get("nprobe")
         self.options = faiss.SearchParametersIVF(nprobe=effort) if effort else None
         entry = self.bundle.manifest.get("ranker")

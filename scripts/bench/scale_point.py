@@ -17,6 +17,7 @@ from recsys.data.catalogue import Catalogue
 from recsys.history import Histories, pack
 from recsys.launch import configure
 from recsys.losses import ItemSide
+from recsys.optimizers import LazyAdam
 from recsys.training.memory import keep_large_buffers
 
 
@@ -39,12 +40,15 @@ class Trainer:
 
     def __init__(self, items: int, length: int, loss: str) -> None:
         counts = np.concatenate([[0], np.ones(items, np.int64)])
-        config = configure([f"loss={loss}", f"model.max_length={length}"])
+        optimizer = "adam" if loss == "full_softmax" else "lazy_adam"
+        config = configure([f"loss={loss}", f"model.max_length={length}", f"optimizer={optimizer}"])
         self.model = instantiate(config.model, catalogue=Catalogue(items, 1, counts))
         share = torch.from_numpy(counts).float() / items
         self.side = ItemSide(self.model.item_vectors, self.model.vectors_of, share)
         self.loss = instantiate(config.loss)
         self.optimizer = instantiate(config.optimizer)(self.model.parameters())
+        if isinstance(self.optimizer, LazyAdam):
+            self.optimizer.prepare(self.model)
 
     def step(self, batch: dict[str, Tensor]) -> float:
         """Train on one batch; return the seconds it took."""

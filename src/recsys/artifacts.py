@@ -17,9 +17,14 @@ from recsys import __version__
 from recsys.schema import InputError
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSIONS = {"dataset": 1, "run": 1, "bundle": 1}
+SCHEMA_VERSIONS = {"dataset": 2, "run": 1, "bundle": 1, "recommendations": 1}
 """Version of each kind of directory; another version is refused, not guessed at."""
-MAKE_AGAIN = {"dataset": "recsys prepare", "run": "recsys train", "bundle": "recsys export"}
+MAKE_AGAIN = {
+    "dataset": "recsys prepare",
+    "run": "recsys train",
+    "bundle": "recsys export",
+    "recommendations": "recsys recommend --all-users",
+}
 
 
 @contextmanager

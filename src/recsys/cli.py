@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         outcome = arguments.run(arguments)
     except KeyboardInterrupt:
-        print("\nrecsys: interrupted; a training goes on with: recsys train resume=NAME")
+        more = {"recommend": "the same command goes on"}
+        again = more.get(arguments.verb, "a training goes on with: recsys train resume=NAME")
+        print(f"\nrecsys: interrupted; {again}")
         return 130
     except Exception as error:
         message = explain(error)
@@ -106,7 +108,12 @@ def train(arguments: Arguments) -> Outcome | None:
     if arguments.multirun:
         launch.sweep(arguments.overrides)
         return None
-    return _trained(launch.train(arguments.overrides, Workspace()))
+    from recsys.training.processes import joined
+
+    flags = ["--json"] if arguments.json else []
+    with joined():
+        trained = launch.train(arguments.overrides, Workspace(), flags)
+    return None if trained is None else _trained(trained)
 
 
 def evaluate(arguments: Arguments) -> Outcome:
@@ -204,18 +211,14 @@ def promote(arguments: Arguments) -> Outcome:
 
 
 def recommend(arguments: Arguments) -> Outcome:
-    """One answer in the terminal, no server."""
-    from recsys.serving.terminal import answer_table, ask
+    """One answer in the terminal, or everyone's in a folder; no server."""
+    from recsys.serving import terminal
 
-    answer, path = ask(
-        Workspace().find("bundle", _bundle(arguments.bundle)),
-        user_id=arguments.user,
-        history=arguments.history,
-        k=arguments.k,
-        exclude_seen=not arguments.keep_seen,
-        weights=None if arguments.recency is None else {"recency": arguments.recency},
-    )
-    answer_table(answer)
+    arguments.bundle = _bundle(arguments.bundle)
+    if arguments.all_users:
+        return Outcome(*terminal.answer_all(terminal.batch_of(arguments, Workspace())))
+    answer, path = terminal.ask(arguments, Workspace())
+    terminal.answer_table(answer)
     return Outcome(f"{len(answer['items'])} recommendations", path, "recsys serve", answer)
 
 
@@ -302,6 +305,7 @@ def _add_compare(verbs: Any) -> None:
 
 def _add_serving(verbs: Any) -> None:
     about = "name, path, or models:/shop@champion"
+    from recsys.serving.batch_settings import BatchSettings
     from recsys.serving.settings import flags
 
     verb = _verb(verbs, "serve", serve, "bundle → answers over HTTP")
@@ -313,14 +317,25 @@ def _add_serving(verbs: Any) -> None:
     verb.add_argument("--server", metavar="URL", help="a running server (key: RECSYS_API_KEY)")
     verb.add_argument("--name", default="shop", help="registered model, without --server (shop)")
     verb.add_argument("--why", default="", help="kept in the server's record")
-    verb = _verb(verbs, "recommend", recommend, "one answer in the terminal, no server")
-    verb.add_argument("--bundle", default="latest", help=about)
+    verb = _verb(verbs, "recommend", recommend, "one answer in the terminal, or --all-users' files")
+    unless = argparse.SUPPRESS
+    verb.add_argument("bundle", nargs="?", default=unless, metavar="BUNDLE", help="as --bundle")
+    verb.add_argument("--bundle", default="latest", help="name, path, or models:/shop@champion")
     verb.add_argument("--user", metavar="USER_ID")
     verb.add_argument("--history", nargs="+", metavar="ITEM_ID", help="oldest first")
-    verb.add_argument("-k", type=int, default=10)
+    verb.add_argument("-k", "--top-k", dest="k", type=int, default=10, metavar="K")
     verb.add_argument("--keep-seen", action="store_true", help="may recommend seen items again")
     about = "0: what the history is about all along; 1: its newest turn; left out: the model's own"
     verb.add_argument("--recency", type=float, metavar="SHARE", help=about)
+    about = "what the bundle's ranker reads of the request: device=phone, budget=5, …"
+    verb.add_argument("--context", nargs="+", metavar="NAME=VALUE", help=about)
+    about = "the moment to answer for, ISO 8601 or seconds since 1970; left out: this one"
+    verb.add_argument("--now", metavar="TIME", help=about)
+    for flag in ("--exclude-items", "--allow-categories", "--deny-categories"):
+        verb.add_argument(flag, nargs="+", metavar="NAME")
+    verb.add_argument("--all-users", action="store_true", help="everyone's, as Parquet; then also:")
+    for flag, options in flags(BatchSettings):
+        verb.add_argument(flag, **options)
 
 
 def _add_ui(verbs: Any) -> None:

@@ -31,6 +31,7 @@ import msgspec
 
 from recsys import __version__
 from recsys.schema import InputError
+from recsys.serving.item_messages import ItemAdded, ItemRemoved, ItemsAnswer, NewItem
 from recsys.serving.messages import (
     Answer,
     AnswerBatch,
@@ -128,6 +129,15 @@ class Ranking(TypedDict, total=False):
     k: int | None
     now: int | float | str | None
     deadline_ms: float | None
+
+
+class About(TypedDict, total=False):
+    """The arguments of `add_item` beside the id: the other fields of `NewItem`."""
+
+    vector: Sequence[float] | None
+    like: Sequence[str]
+    features: Mapping[str, Value]
+    bundle: str | None
 
 
 @dataclass(frozen=True)
@@ -288,6 +298,12 @@ def posting(events: Sequence[Event]) -> Call[EventsAnswer]:
     return Call("POST", "/v1/events", EventsAnswer, body)
 
 
+def adding(item_id: str, about: About) -> Call[ItemAdded]:
+    """Return the call that adds an item; a misspelt argument is a TypeError."""
+    item = NewItem(item_id, **cast("dict[str, object]", about))  # type: ignore[arg-type]
+    return Call("POST", "/v1/items", ItemAdded, msgspec.json.encode(item))
+
+
 def _repeatable(event: Event) -> Event:
     moment = int(time.time() * 1000) if event.timestamp is None else event.timestamp
     event_id = event.event_id or uuid4().hex
@@ -427,6 +443,18 @@ class Client(_Asking):
         """Return what the bundle knows about an item."""
         return self._make(Call("GET", path("/v1/items/", item_id), ItemAnswer))
 
+    def add_item(self, item_id: str, **about: Unpack[About]) -> ItemAdded:
+        """Have an item answered with from now on; again, to replace what was said of it."""
+        return self._make(adding(item_id, about))
+
+    def remove_item(self, item_id: str) -> ItemRemoved:
+        """Have an item answered with no more."""
+        return self._make(Call("DELETE", path("/v1/items/", item_id), ItemRemoved))
+
+    def items(self, after: int = 0, limit: int = 1_000) -> ItemsAnswer:
+        """Return which items were added and removed, in their order."""
+        return self._make(Call("GET", f"/v1/items?after={after}&limit={limit}", ItemsAnswer))
+
     def ready(self) -> bool:
         """Return whether the server takes requests now; a server that is not there does not."""
         return readiness(self._send(READY, Try(self.timeout)))
@@ -517,6 +545,19 @@ class AsyncClient(_Asking):
     async def item(self, item_id: str) -> ItemAnswer:
         """Return what the bundle knows about an item."""
         return await self._make(Call("GET", path("/v1/items/", item_id), ItemAnswer))
+
+    async def add_item(self, item_id: str, **about: Unpack[About]) -> ItemAdded:
+        """Have an item answered with from now on; again, to replace what was said of it."""
+        return await self._make(adding(item_id, about))
+
+    async def remove_item(self, item_id: str) -> ItemRemoved:
+        """Have an item answered with no more."""
+        return await self._make(Call("DELETE", path("/v1/items/", item_id), ItemRemoved))
+
+    async def items(self, after: int = 0, limit: int = 1_000) -> ItemsAnswer:
+        """Return which items were added and removed, in their order."""
+        call = Call("GET", f"/v1/items?after={after}&limit={limit}", ItemsAnswer)
+        return await self._make(call)
 
     async def ready(self) -> bool:
         """Return whether the server takes requests now; a server that is not there does not."""

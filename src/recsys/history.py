@@ -5,6 +5,7 @@ Shapes: B histories, E events in all of them together, L encoded length, R packe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,9 @@ from numpy.typing import NDArray
 
 GAP_BUCKETS = 40
 """Time gaps fall into power-of-two buckets of seconds; 0 means that there is no earlier event."""
+
+VALUE_BUCKETS = 160
+"""Values of events (dwell seconds, a rating, a price) fall into eighths of a doubling; 0: none."""
 
 OWN_RECENCY = -1.0
 """Leaves the weight of short-term against long-term interest to the model."""
@@ -25,13 +29,15 @@ class Histories:
     """A ragged batch of trajectories, each oldest first.
 
     items, types: int arrays [E] of indices and event-type codes; times: int64 [E], milliseconds
-    since 1970; offsets: int64 [B + 1], history b is `[offsets[b]:offsets[b + 1]]`.
+    since 1970; offsets: int64 [B + 1], history b is `[offsets[b]:offsets[b + 1]]`; values: float
+    [E], NaN where an event has none, or nothing where no event has one.
     """
 
     items: NDArray[np.integer]
     types: NDArray[np.integer]
     times: NDArray[np.int64]
     offsets: NDArray[np.int64]
+    values: NDArray[np.floating] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -42,17 +48,25 @@ class Histories:
         return self.offsets[1:] - self.offsets[:-1]
 
     @classmethod
-    def of(cls, parts: list[tuple[NDArray, NDArray, NDArray]]) -> Histories:
-        """Join one (items, types, times) triple a history into a ragged batch."""
+    def of(cls, parts: Sequence[tuple[NDArray, ...]]) -> Histories:
+        """Join one (items, types, times[, values]) tuple a history into a ragged batch."""
         if len(parts) == 1:
-            return cls(*parts[0], np.array([0, len(parts[0][0])], np.int64))
-        empty = np.zeros(0, np.int64)
-        items, types, times = (
-            np.concatenate(column) if parts else empty
-            for column in (zip(*parts, strict=True) if parts else ((), (), ()))
-        )
+            items, types, times, *values = parts[0]
+            return cls(items, types, times, np.array([0, len(items)], np.int64), *values)
+        if not parts:
+            nothing = np.zeros(0, np.int64)
+            return cls(nothing, nothing, nothing, np.zeros(1, np.int64))
+        items, types, times, *values = map(np.concatenate, zip(*parts, strict=True))
         lengths = [len(part[0]) for part in parts]
-        return cls(items, types, times, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return cls(items, types, times, offsets, *values)
+
+    def taking(
+        self, events: slice | NDArray[np.integer] | NDArray[np.bool_], offsets: NDArray[np.int64]
+    ) -> Histories:
+        """Return histories that are made of some of the events."""
+        columns = self.items[events], self.types[events], self.times[events]
+        return Histories(*columns, offsets, None if self.values is None else self.values[events])
 
     def last(self, count: int) -> Histories:
         """Return each history's newest `count` events."""
@@ -61,7 +75,7 @@ class Histories:
         kept = np.minimum(self.lengths, count)
         offsets = np.concatenate([[0], np.cumsum(kept)])
         source = np.repeat(self.offsets[1:] - offsets[1:], kept) + np.arange(offsets[-1])
-        return Histories(self.items[source], self.types[source], self.times[source], offsets)
+        return self.taking(source, offsets)
 
 
 def gap_bucket(milliseconds: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -72,6 +86,19 @@ def gap_bucket(milliseconds: NDArray[np.int64]) -> NDArray[np.int64]:
     """
     seconds = np.maximum(milliseconds, 0) // 1000
     return np.minimum(np.frexp(seconds)[1] + np.int64(1), GAP_BUCKETS - 1)
+
+
+def value_bucket(values: NDArray[np.floating]) -> NDArray[np.int64]:
+    """Return the bucket of each event's value: 0 for none, then eight each doubling of 1 + value.
+
+    Fine enough for half stars, wide enough for a day in seconds; what is below 0 counts as 0.
+
+    >>> value_bucket(np.array([np.nan, 0, 4.5, 5, 60, 3600]))
+    array([ 0,  1, 20, 21, 48, 95])
+    """
+    places = 8 * np.log2(1 + np.maximum(values, 0))
+    known = 1 + np.minimum(np.nan_to_num(places), VALUE_BUCKETS - 2).astype(np.int64)
+    return np.where(np.isnan(values), 0, known)
 
 
 def gaps_within(histories: Histories) -> NDArray[np.int64]:
@@ -116,9 +143,9 @@ def encode(
 ) -> Arrays:
     """Cut to the newest events, right-pad and encode: what every encoder reads.
 
-    Returns int64 arrays `items`, `types`, `gaps`, `times` [B, L], `lengths` [B] and the request
-    context [B]; L is the longest kept history, at least 1. `recency` float32 [B] is the weight of
-    short-term against long-term interest, -1 where the model chooses.
+    Returns int64 arrays `items`, `types`, `gaps`, `times`, `values` (buckets) [B, L], `lengths` [B]
+    and the request context [B]; L is the longest kept history, at least 1. `recency` float32 [B] is
+    the weight of short-term against long-term interest, -1 where the model chooses.
 
     >>> h = Histories.of([(np.array([5, 6, 7]), np.array([1, 1, 1]), np.array([0, 1000, 9000]))])
     >>> encode(h, 2, np.array([10_000]))["items"]
@@ -149,9 +176,10 @@ def pack(
     `trains` [E] tells which events may be targets; all, where it is not given.
 
     A history of n events gives n - 1 positions (at most `row_length`). Returns int64 [R, L] arrays:
-    `items`, `types`, `gaps`, `times` as in `encode`; `positions` (0 at each history's start),
-    `segments` (1, 2, … within a row, 0 where empty); `targets` (0 where empty, and where the event
-    may not be one), `target_types`; and the request context at the moment of the next event.
+    `items`, `types`, `gaps`, `times`, `values` as in `encode`; `positions` (0 at each history's
+    start), `segments` (1, 2, … within a row, 0 where empty); `targets` (0 where empty, and where
+    the event may not be one), `target_types`; and the request context at the moment of the next
+    event.
 
     >>> h = Histories.of([(np.array([5, 6, 7]), np.ones(3, int), np.arange(3) * 1000)] * 2)
     >>> pack(h, 4)["targets"]
@@ -188,7 +216,7 @@ def _without(histories: Histories, events: NDArray[np.int64]) -> Histories:
     kept = dropped == 0
     before = np.concatenate([[0], np.cumsum(dropped)])
     offsets = histories.offsets - before[histories.offsets]
-    return Histories(histories.items[kept], histories.types[kept], histories.times[kept], offsets)
+    return histories.taking(kept, offsets)
 
 
 def _first_fit(
@@ -227,7 +255,10 @@ def _grids(histories: Histories, shape: tuple[int, int], at: Places) -> Arrays:
         "gaps": gaps_within(histories),
         "times": seconds_within(histories),
     }
-    return {name: _scatter(shape, at, values) for name, values in flat.items()}
+    grids = {name: _scatter(shape, at, column) for name, column in flat.items()}
+    if histories.values is None:
+        return grids | {"values": np.zeros(shape, np.int64)}
+    return grids | {"values": _scatter(shape, at, value_bucket(histories.values))}
 
 
 def _scatter(shape: tuple[int, int], at: Places, flat: NDArray) -> NDArray[np.int64]:

@@ -25,7 +25,7 @@ CONFIG = "recsys"
 SECTIONS = ("evaluation", "registry", "ranking", "grow")
 """Parts that no constructor checks: a key which the shipped config lacks is refused here."""
 OF_RANKING = ("ranking", "features", "features_allow", "examples")
-OF_RETRIEVAL = ("loss", "objective", "item_start")
+OF_RETRIEVAL = ("loss", "objective", "item_start", "embedding")
 """Settings of one stage alone."""
 OF_FIRST = (*OF_RETRIEVAL, "model", "batches", "name")
 """What `recsys run` reads for retrievers alone where a second stage follows."""
@@ -150,32 +150,63 @@ def prepare(overrides: Sequence[str], workspace: Workspace) -> Dataset:
 
 
 def _show(dataset: Dataset) -> None:
-    from recsys.data.prepare import summary
+    from recsys.data.summary import summary
 
     Console().print(summary(dataset))
 
 
-def train(overrides: Sequence[str], workspace: Workspace) -> Any:
-    """Train one run, or go on with the one that `resume=` names; print its test."""
+def train(overrides: Sequence[str], workspace: Workspace, flags: Sequence[str] = ()) -> Any:
+    """Train one run, or go on with an unfinished one; print its test.
+
+    Returns None where it was trained in processes of its own, which got the words of this one.
+    """
+    from recsys import peers
+    from recsys.training.processes import spread
+    from recsys.training.train import AUTO
+    from recsys.training.warm import continued
+
+    config = configure(overrides)
+    if config.resume_from is not None and config.resume in (None, AUTO):
+        config = continued(config, overrides, workspace)
+    resumed = _resumed(config, overrides, workspace)
+    if spread(config, ["train", *overrides, *flags]):
+        return None
+    trained = _train(config, resumed, workspace)
+    if not peers.first():
+        return None
+    trained.tested.show(Console())
+    return trained
+
+
+def _resumed(config: DictConfig, overrides: Sequence[str], workspace: Workspace) -> Path | None:
+    """Return the run to go on with, whose trainer then is the config's, or None for a new one."""
+    from recsys.training.runs import read_config
+    from recsys.training.train import AUTO, unfinished
+
+    if config.resume in (None, AUTO):
+        return unfinished(config, workspace)
+    others = [o for o in overrides if not o.startswith("resume=")]
+    if others:
+        raise InputError(f"a resumed run keeps its settings; leave out {' '.join(others)}")
+    run = workspace.find("run", config.resume)
+    config.trainer = read_config(run).trainer
+    return run
+
+
+def _train(config: DictConfig, resumed: Path | None, workspace: Workspace) -> Any:
+    from recsys.training.processes import told
     from recsys.training.train import resume
     from recsys.training.train import train as train_run
 
-    config = configure(overrides)
-    if config.resume is not None:
-        others = [o for o in overrides if not o.startswith("resume=")]
-        if others:
-            raise InputError(f"a resumed run keeps its settings; leave out {' '.join(others)}")
-        trained = resume(workspace.find("run", config.resume), workspace)
-    else:
-        if config.resume_from is not None:
-            from recsys.training.warm import continued
-
-            config = continued(config, overrides, workspace)
-        dataset = open_dataset(config, workspace)
-        _show(dataset)
-        trained = train_run(config, dataset, workspace)
-    trained.tested.show(Console())
-    return trained
+    if resumed is not None:
+        return resume(resumed, workspace)
+    # One process prepares; the others open what it made.
+    path = told("dataset", lambda: str(open_dataset(config, workspace).path))
+    dataset = Dataset(Path(path))
+    with open_dict(config):
+        config.split = dataset.manifest["split"]
+    _show(dataset)
+    return train_run(config, dataset, workspace)
 
 
 def evaluate(run: Path, workspace: Workspace) -> Any:

@@ -1,7 +1,8 @@
 """Training losses: functions of query vectors, targets and the item side.
 
-Shapes: P positions, H interests, K negatives, N items, D dim. All return a scalar: the mean over
-positions, or where `weight_P` is given the weighted sum over P (weights of mean 1 keep the scale).
+Shapes: P positions (A of all processes), H interests, K negatives, C candidates, N items, D dim.
+All return a scalar: the mean over positions, or where `weight_P` is given the weighted sum over P
+(weights of mean 1 keep the scale).
 Queries are [P, D], or [P, H, D]: then an item's score is the nearest interest's, as when served.
 """
 
@@ -20,6 +21,8 @@ from recsys.schema import InputError
 
 Products = Literal["auto", "bf16", "fp32"]
 Kernel = Literal["torch", "liger"]
+TILE = 1 << 26
+"""Most logits that a full softmax holds at a time on a CPU; a quarter of a gigabyte in fp32."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +30,26 @@ class ItemSide:
     """The item side of a model as a loss sees it.
 
     `all` returns vectors_ND [N + 1, D]; `of` the vectors of some indices; `share` [N + 1] is each
-    item's share of training events (0 for padding).
+    item's share of training events (0 for padding). Negatives are drawn by `generator`, or torch's
+    own. Where several processes train, `gather` returns the targets of all of them, and the place
+    among these where this one's begin.
     """
 
     all: Callable[[], Tensor]
     of: Callable[[Tensor], Tensor]
     share: Tensor
+    generator: torch.Generator | None = None
+    gather: Callable[[Tensor], tuple[Tensor, int]] = lambda target_P: (target_P, 0)
 
     def sample(self, count: int, by: Literal["uniform", "popularity"]) -> tuple[Tensor, Tensor]:
         """Draw item indices with replacement; return them and their log-probabilities, both [K]."""
         if by == "popularity":
-            drawn = torch.multinomial(self.share, count, replacement=True)
+            drawn = torch.multinomial(self.share, count, replacement=True, generator=self.generator)
             return drawn, self.share[drawn].log()
         size = len(self.share) - 1
-        drawn = torch.randint(1, size + 1, (count,), device=self.share.device)
+        drawn = torch.randint(
+            1, size + 1, (count,), device=self.share.device, generator=self.generator
+        )
         return drawn, torch.full((count,), 1 / size, device=drawn.device).log()
 
 
@@ -56,6 +65,8 @@ def full_softmax(
     weight_P: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy over every item, `chunk` positions at a time: P × N is never held.
+
+    On a CPU fewer at a time where there are many items, see `TILE`.
 
     `products`: the number format of the matrix products (`bf16` halves the time of a step where
     the processor has such instructions, `auto` asks it); sums and gradients stay as they are.
@@ -112,6 +123,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.bfloat16 if half else query_PD.dtype
         query_PD, vectors_ND = query_PD.to(dtype).contiguous(), vectors_ND.to(dtype).contiguous()
         grad_dtype = torch.float32 if half else dtype
+        chunk = chunk if query_PD.is_cuda else min(chunk, max(16, TILE // len(vectors_ND)))
         query_PHD = query_PD if query_PD.ndim == 3 else query_PD[:, None]
         query_grad_PHD = torch.empty_like(query_PHD, dtype=grad_dtype)
         vectors_grad_ND = torch.zeros_like(vectors_ND, dtype=grad_dtype)
@@ -263,13 +275,14 @@ def in_batch_softmax(
     4.1); `uniform_negatives` mixes the whole catalogue in (Yang et al. 2020, section 3.2).
     """
     uniform_K = items.sample(uniform_negatives, "uniform")[0]
-    candidate_C = torch.cat([target_P, uniform_K])
+    target_A, own = items.gather(target_P)
+    candidate_C = torch.cat([target_A, uniform_K])
     logits_PC = scores(query_PD, items.of(candidate_C)) / temperature
     if logq:
-        expected_C = len(target_P) * items.share[candidate_C]
+        expected_C = len(target_A) * items.share[candidate_C]
         expected_C = expected_C + uniform_negatives / (len(items.share) - 1)
         logits_PC = logits_PC - expected_C.log()
-    positive_P1 = logits_PC[:, : len(target_P)].diagonal()[:, None]
+    positive_P1 = logits_PC[:, own : own + len(target_P)].diagonal()[:, None]
     return softmax_among(positive_P1, _without_hits(logits_PC, target_P, candidate_C), weight_P)
 
 

@@ -5,7 +5,7 @@ Shapes: B requests, C candidates, T tasks. All return a scalar.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -15,6 +15,12 @@ from torch.nn import functional as F
 from recsys.schema import DWELL, InputError, suggestion
 
 Dwell = Literal["huber", "squared"]
+Count = Callable[[Tensor], Tensor]
+
+
+def own(count: Tensor) -> Tensor:
+    """Return a count as it is; `recsys.peers.average` in its place counts over all processes."""
+    return count
 
 
 class Uncertainty(nn.Module):
@@ -47,8 +53,11 @@ def multi_task(
     uncertainty: Uncertainty | None = None,
     dwell: Dwell = "huber",
     listwise: float = 0.0,
+    count: Count = own,
 ) -> Tensor:
     """Sum of the tasks' losses, each the mean over its known labels, weighed.
+
+    `count`: what a mean divides by, given how much there is here.
 
     Binary cross-entropy; for `dwell`, whose label is seconds, Huber's loss or the squared error of
     log1p seconds. `weights`: by task, 1 where not named; `uncertainty` learns them instead.
@@ -58,8 +67,10 @@ def multi_task(
     >>> round(multi_task(logits, labels, tasks=["view"]).item(), 4)
     0.6931
     """
-    loss_T = task_losses(logit_BCT, label_BCT, tasks=tasks, dwell=dwell, listwise=listwise)
-    known_T = (~label_BCT.isnan()).flatten(0, -2).any(0)
+    loss_T = task_losses(
+        logit_BCT, label_BCT, tasks=tasks, dwell=dwell, listwise=listwise, count=count
+    )
+    known_T = count((~label_BCT.isnan()).flatten(0, -2).sum(0)) > 0
     if uncertainty is None:
         return (loss_T * _weights(tasks, weights or {}).to(loss_T)).sum()
     if weights:
@@ -74,28 +85,31 @@ def task_losses(
     tasks: Sequence[str],
     dwell: Dwell = "huber",
     listwise: float = 0.0,
+    count: Count = own,
 ) -> Tensor:
     """Return each task's own loss, loss_T: 0 where no label is known."""
     columns = zip(tasks, logit_BCT.float().unbind(-1), label_BCT.float().unbind(-1), strict=True)
     losses = []
     for task, logit_BC, label_BC in columns:
         if task == DWELL:
-            losses.append(_regression(logit_BC, label_BC, dwell))
+            losses.append(_regression(logit_BC, label_BC, dwell, count))
         else:
-            losses.append(binary(logit_BC, label_BC))
+            losses.append(binary(logit_BC, label_BC, count))
             if listwise:
-                losses[-1] = losses[-1] + listwise * softmax_in_request(logit_BC, label_BC)
+                among = softmax_in_request(logit_BC, label_BC, count)
+                losses[-1] = losses[-1] + listwise * among
     return torch.stack(losses)
 
 
-def binary(logit_BC: Tensor, label_BC: Tensor) -> Tensor:
+def binary(logit_BC: Tensor, label_BC: Tensor, count: Count = own) -> Tensor:
     """Mean binary cross-entropy over known labels, which may be shares from 0 to 1."""
     known_BC = ~label_BC.isnan()
     label_BC = torch.where(known_BC, label_BC, 0.0)
-    return _mean(F.binary_cross_entropy_with_logits(logit_BC, label_BC, reduction="none"), known_BC)
+    loss_BC = F.binary_cross_entropy_with_logits(logit_BC, label_BC, reduction="none")
+    return _mean(loss_BC, known_BC, count)
 
 
-def softmax_in_request(logit_BC: Tensor, label_BC: Tensor) -> Tensor:
+def softmax_in_request(logit_BC: Tensor, label_BC: Tensor, count: Count = own) -> Tensor:
     """Mean over requests of the cross-entropy of their positives among their known candidates.
 
     Requests without a positive say nothing of an order. Source: ListNet (Cao et al. 2007,
@@ -106,22 +120,23 @@ def softmax_in_request(logit_BC: Tensor, label_BC: Tensor) -> Tensor:
     log_share_BC = logit_BC.masked_fill(~known_BC, -1e9).log_softmax(1)
     total_B = positive_BC.sum(1)
     loss_B = -(positive_BC * log_share_BC).sum(1) / total_B.clamp(min=1e-9)
-    return _mean(loss_B, total_B > 0)
+    return _mean(loss_B, total_B > 0, count)
 
 
-def _regression(answer_BC: Tensor, seconds_BC: Tensor, kind: Dwell) -> Tensor:
+def _regression(answer_BC: Tensor, seconds_BC: Tensor, kind: Dwell, count: Count) -> Tensor:
     known_BC = ~seconds_BC.isnan()
     wanted_BC = torch.where(known_BC, seconds_BC, 0.0).clamp(min=0).log1p()
     if kind == "huber":
-        return _mean(F.huber_loss(answer_BC, wanted_BC, reduction="none"), known_BC)
+        return _mean(F.huber_loss(answer_BC, wanted_BC, reduction="none"), known_BC, count)
     if kind == "squared":
-        return _mean((answer_BC - wanted_BC).square(), known_BC)
+        return _mean((answer_BC - wanted_BC).square(), known_BC, count)
     raise InputError(f"loss.dwell={kind}: expected huber or squared")
 
 
-def _mean(loss: Tensor, known: Tensor) -> Tensor:
+def _mean(loss: Tensor, known: Tensor, count: Count) -> Tensor:
     """Return the mean where known, 0 where nothing is."""
-    return (loss * known).sum() / known.sum().clamp(min=1)
+    there = count(known.sum())
+    return (loss * known).sum() / torch.where(there > 0, there, 1)
 
 
 def _weights(tasks: Sequence[str], weights: Mapping[str, float]) -> Tensor:

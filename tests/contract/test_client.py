@@ -300,6 +300,26 @@ def test_rank(ask: Ask, server: Server) -> None:
     assert (server.seen[0].path, json.loads(server.seen[0].body)) == ("/v1/rank", body)
 
 
+def test_items_are_added_removed_and_listed(ask: Ask, server: Server) -> None:
+    server.answers(
+        (200, {"item_id": "a/b", "by": "like", "number": 3, "bundle": "b"}),
+        (200, {"item_id": "a/b", "number": 4, "repeated": False}),
+        (200, {"bundle": "b", "newest": 4, "items": []}),
+    )
+    added = ask("add_item", "a/b", asked={"like": ["i7"], "features": {"title": "A"}})
+    assert (added.by, added.number) == ("like", 3)
+    assert ask("remove_item", "a/b").number == 4
+    assert ask("items", asked={"after": 2}).newest == 4
+    posted, removed, listed = server.seen
+    assert (posted.method, posted.path) == ("POST", "/v1/items")
+    body = {"item_id": "a/b", "like": ["i7"], "features": {"title": "A"}}
+    assert json.loads(posted.body) == body
+    assert (removed.method, removed.path) == ("DELETE", "/v1/items/a%2Fb")
+    assert listed.path == "/v1/items?after=2&limit=1000"
+    with pytest.raises(TypeError, match="vectr"):
+        ask("add_item", "x", asked={"vectr": [1.0]})
+
+
 def test_misspelt_argument(ask: Ask) -> None:
     with pytest.raises(TypeError, match="hystory"):
         ask("recommend", asked={"hystory": ["i1"]})

@@ -64,7 +64,7 @@ def ask_live(engine: Engine, path: UserPath, **fields: object) -> Answer:
 def live(*events: tuple[str, int], erased_before: int = 0) -> UserPath:
     """Return a path of views at days after START."""
     items, days = [item for item, _ in events], [START + day * DAY for _, day in events]
-    return UserPath(items, [1] * len(items), days, erased_before)
+    return UserPath(items, [1] * len(items), days, [None] * len(items), erased_before)
 
 
 def ids(answer: Answer) -> list[str]:

@@ -194,7 +194,7 @@ def test_a_body_without_a_stated_length_is_cut_off_at_the_limit(
         ("GET", "/v1/nothing", 404, "not_found"),
         ("POST", "/v1/recommend/", 404, "not_found"),
         ("GET", "/v1/recommend", 405, "method_not_allowed"),
-        ("DELETE", "/v1/items/i9", 405, "method_not_allowed"),
+        ("PUT", "/v1/items/i9", 405, "method_not_allowed"),
         ("GET", "/v1/similar/gone", 404, "unknown_item"),
         ("GET", "/v1/similar/", 404, "unknown_item"),
         ("GET", "/v1/items/gone", 404, "unknown_item"),

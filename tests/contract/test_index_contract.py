@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 
 from recsys.index import build as building
+from recsys.index import kinds
 from recsys.index.build import IndexSettings, build
-from recsys.index.search import Gathered, ItemIndex, Masked
+from recsys.index.delta import DeltaIndex, Within
+from recsys.index.search import Gathered, Gone, ItemIndex, Masked
+from recsys.index.shards import names
+from recsys.index.tuning import exact_top
 from recsys.schema import InputError
 
 # B requests, H interests, D dim, N items
 N, D = 3000, 16
-KINDS = ("flat", "ivf_flat", "hnsw", "ivf_sq8")
+KINDS = ("flat", "ivf_flat", "hnsw", "ivf_sq8", "ivf_pq")
 
 
 def clustered(count: int, seed: int) -> np.ndarray:
@@ -170,6 +174,65 @@ def test_a_subset_is_copied_where_it_is_narrow(index):
     assert not index.subset(np.zeros(0, int)).holds(asked).any()
 
 
+NEW_MD = clustered(40, 9)
+GONE = np.arange(1, N + 1, 3)
+
+
+@pytest.fixture(scope="module")
+def changed(index):
+    """The index with new items beside it, a third of its own removed."""
+    mask = np.zeros(N + 1, bool)
+    mask[GONE] = True
+    return DeltaIndex(index, NEW_MD, Gone(mask, len(GONE)))
+
+
+def exact_now(queries_HD, k, out=(), among=None):
+    """Score all that is there now, the slow and certain way."""
+    scores = (np.concatenate([VECTORS_ND, NEW_MD]) @ queries_HD.T).max(axis=1)
+    left = np.setdiff1d(np.arange(1, len(scores) + 1), [*GONE, *out])
+    left = left if among is None else np.intersect1d(left, among)
+    return left[np.lexsort((left, -scores[left - 1]))][:k]
+
+
+@pytest.mark.parametrize("interests", [1, 3])
+def test_new_items_are_found_and_removed_ones_are_not(changed, interests):
+    queries_BHD = np.concatenate([NEW_MD[:8], QUERIES_BD[:40]]).reshape(-1, interests, D)
+    outs = [{*exact_now(q, 3).tolist()} for q in queries_BHD]
+    found = changed.nearest(queries_BHD, 20, outs)
+    wanted = [exact_now(q, 20, out) for q, out in zip(queries_BHD, outs, strict=True)]
+    hits = [np.isin(f, w).mean() for (f, _), w in zip(found, wanted, strict=True)]
+    assert np.mean(hits) >= (1.0 if changed.kind == "flat" else 0.97)
+    new = [{i for i in w.tolist() if i > N} for w in wanted]
+    assert any(new)
+    for (items, scores), added, query in zip(found, new, queries_BHD, strict=True):
+        assert {i for i in items if i > N} == added  # beside the index they are all looked at
+        assert not set(items) & set(GONE.tolist())
+        assert scores == sorted(scores, reverse=True)
+        np.testing.assert_allclose(scores, changed.score(query, np.array(items)), atol=1e-5)
+
+
+def test_a_subset_of_old_and_new_items(changed):
+    own, extra = np.arange(5, N + 1, 7), np.arange(len(NEW_MD)) % 2 == 0
+    within = Within(changed.base.subset(own), extra, N)
+    among = np.append(own, N + 1 + np.flatnonzero(extra))
+    for query in QUERIES_BD[:8]:
+        found = changed.nearest(query[None, None], 15, [set()], within)[0][0]
+        np.testing.assert_array_equal(found, exact_now(query[None], 15, among=among))
+    asked = np.array([5, 6, N, N + 1, N + 2])
+    assert within.holds(asked).tolist() == np.isin(asked, among).tolist()
+
+
+def test_all_that_is_there_now(changed):
+    found = changed.nearest(QUERIES_BD[:1, None], 10**6, [set()])[0][0]
+    assert sorted(found) == np.setdiff1d(np.arange(1, N + 41), GONE).tolist()
+    scores = changed.score_all(QUERIES_BD[:1])
+    assert np.isneginf(scores[[0, *GONE]]).all()
+    np.testing.assert_allclose(scores[N + 1 :], NEW_MD @ QUERIES_BD[0], atol=1e-5)
+    np.testing.assert_array_equal(
+        changed.vectors_ND[np.array([3, N + 5, 0])], [VECTORS_ND[3], NEW_MD[5], VECTORS_ND[0]]
+    )
+
+
 def test_of_equal_items_the_most_popular_comes_first():
     vectors_ND = np.repeat(clustered(5, 1), 4, axis=0)
     index = ItemIndex(build(vectors_ND, {"kind": "flat"}).index, vectors_ND, {"kind": "flat"})
@@ -222,7 +285,7 @@ def test_no_requests(index):
 def test_saved_equals_built(index, tmp_path: Path):
     faiss.write_index(index.index, str(tmp_path / "index.faiss"))
     name = "ef_search" if index.kind == "hnsw" else "nprobe"
-    facts = {"kind": index.kind, name: index.effort}
+    facts = {"kind": index.kind, name: index.effort, "refine": index.refine}
     again = ItemIndex.load(tmp_path / "index.faiss", VECTORS_ND, facts)
     kept, read = (i.search(QUERIES_BD[:, None], 10).indices_BK for i in (index, again))
     np.testing.assert_array_equal(kept, read)
@@ -260,6 +323,54 @@ def test_auto_is_exact_up_to_its_limit():
     assert build(VECTORS_ND, {"exact_up_to": N - 1}, QUERIES_BD).facts["kind"] == "ivf_flat"
 
 
+def test_auto_takes_codes_where_whole_vectors_would_be_too_large():
+    settings = IndexSettings(exact_up_to=10, whole_up_to_mib=1)
+    assert settings.resolve(1 << 14, dim=16) == "ivf_flat"
+    assert settings.resolve((1 << 14) + 1, dim=16) == "ivf_pq"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_find_what_the_whole_index_finds(kind, tmp_path: Path):
+    settings = {"kind": kind, **({"code_bytes": 4} if kind == "ivf_pq" else {})}
+    whole = build(VECTORS_ND, settings, QUERIES_BD)
+    parts = build(VECTORS_ND, {**settings, "shards": 3}, QUERIES_BD)
+    facts = parts.write(tmp_path)
+    files = [tmp_path / name for name in names(facts["shards"])]
+    assert facts["bytes"] == sum(file.stat().st_size for file in files)
+    read = ItemIndex.load(files, VECTORS_ND, facts)
+    one, several = (
+        index.search(QUERIES_BD[:32, None], 20)
+        for index in (ItemIndex(whole.index, VECTORS_ND, facts), read)
+    )
+    if kind == "hnsw":  # a graph a shard is another graph
+        assert_near_exact(read, several, [exact(q[None], 20) for q in QUERIES_BD[:32]])
+    else:
+        np.testing.assert_array_equal(one.indices_BK, several.indices_BK)
+        np.testing.assert_array_equal(one.scores_BK, several.scores_BK)
+
+
+def test_built_from_a_map_in_parts_it_is_the_same(tmp_path: Path, monkeypatch):
+    """Vectors are added some at a time, and exact search reads them so, too."""
+    np.save(tmp_path / "vectors.npy", VECTORS_ND)
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    settings = {"kind": "ivf_pq", "code_bytes": 4}
+    whole = build(VECTORS_ND, settings, QUERIES_BD)
+    monkeypatch.setattr(kinds, "CHUNK_BYTES", 4 * D * 700)
+    parts = build(mapped, settings, QUERIES_BD)
+    assert (faiss.serialize_index(whole.index) == faiss.serialize_index(parts.index)).all()
+    assert whole.facts["recall"] == parts.facts["recall"]
+    top = exact_top(mapped, QUERIES_BD, 10)
+    np.testing.assert_array_equal(top + 1, [exact(q[None], 10)[0] for q in QUERIES_BD])
+
+
+def test_codes_say_how_many_are_scored_exactly():
+    facts = build(VECTORS_ND, {"kind": "ivf_pq", "code_bytes": 2}, QUERIES_BD).facts
+    assert facts["code_bytes"] == 2
+    assert facts["refine"] > 2
+    assert facts["recall"] >= 0.99
+    assert facts["build_peak_mib"] >= 0
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_bad_vectors_name_the_row(value):
     vectors_ND = VECTORS_ND.copy()
@@ -278,6 +389,15 @@ def test_bad_vectors_name_the_row(value):
         ({"kind": "ivf_flat", "target_recall": 1.5}, "at most 1"),
         ({"kind": "ivf_flat", "nlist": 0}, "must be above 0"),
         ({"kind": "ivf_flat", "nlist": 4000}, "more than the 3000 items"),
+        (
+            {"kind": "ivf_pq", "code_bytes": 5},
+            "5 does not divide the 16 dim.*one of 1, 2, 4,",
+        ),
+        (
+            {"kind": "ivf_sq8", "code_bytes": 4},
+            "has no effect with index.kind=ivf_sq8",
+        ),
+        ({"kind": "flat", "shards": 3001}, "index.shards=3001 is more than the 3000 items"),
     ],
 )
 def test_bad_settings(settings, message):

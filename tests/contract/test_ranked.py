@@ -646,14 +646,16 @@ def test_the_client_asks_with_the_fields_of_a_request() -> None:
 def test_a_path_has_one_checksum(engine: Engine) -> None:
     request = RecommendRequest(user_id="new", now=NOW)
     paths = [
-        UserPath(list(items), list(types), [START + DAY * t for t in times], 0)
-        for items, types, times in (
-            (("i9", "i10"), (1, 1), (0, 1)),
-            (("i10", "i9"), (1, 1), (0, 1)),
-            (("i9", "i10"), (1, 2), (0, 1)),
-            (("i9", "i10"), (1, 1), (0, 2)),
-            (("i9",), (1,), (0,)),
-            ((), (), ()),
+        UserPath(list(items), list(types), [START + DAY * t for t in times], list(values), 0)
+        for items, types, times, values in (
+            (("i9", "i10"), (1, 1), (0, 1), (None, None)),
+            (("i10", "i9"), (1, 1), (0, 1), (None, None)),
+            (("i9", "i10"), (1, 2), (0, 1), (None, None)),
+            (("i9", "i10"), (1, 1), (0, 2), (None, None)),
+            (("i9", "i10"), (1, 1), (0, 1), (None, 60.0)),
+            (("i9", "i10"), (1, 1), (0, 1), (60.0, None)),
+            (("i9",), (1,), (0,), (None,)),
+            ((), (), (), ()),
         )
     ]
     sums = [engine.checksum(request, path) for path in paths]

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import lmdb
+import msgspec
 import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
@@ -21,6 +22,7 @@ from structlog.testing import capture_logs
 
 from recsys.schema import InputError
 from recsys.serving import state as state_module
+from recsys.serving.item_log import ItemChange
 from recsys.serving.state import (
     NOTHING,
     LoggedEvent,
@@ -102,7 +104,7 @@ def state(place) -> UserState:
 
 
 def test_newcomer_has_an_empty_path(state):
-    assert state.path("nobody") == UserPath([], [], [], 0)
+    assert state.path("nobody") == UserPath([], [], [], [], 0)
     assert state.kept("nobody") == []
 
 
@@ -110,7 +112,9 @@ def test_path_is_by_time_and_ties_by_arrival(state):
     assert state.append([event("b", 20), event("d", 30)]) == ["accepted"] * 2
     assert state.append([event("a", 10), event("c", 20)]) == ["accepted"] * 2
     assert ids(state) == ["a", "b", "c", "d"]
-    assert state.path("u") == UserPath(["ia", "ib", "ic", "id"], [1] * 4, [10, 20, 20, 30], 0)
+    assert state.path("u") == UserPath(
+        ["ia", "ib", "ic", "id"], [1] * 4, [10, 20, 20, 30], [None] * 4, 0
+    )
 
 
 def test_an_event_is_kept_whole(state):
@@ -118,6 +122,7 @@ def test_an_event_is_kept_whole(state):
     state.append([full, event("b", 11, event_type="cart")])
     assert state.kept("u") == [full, event("b", 11, event_type="cart")]
     assert state.path("u").types == [4, 3]
+    assert state.path("u").values == [2.5, None]
 
 
 def test_path_keeps_the_newest(state):
@@ -129,7 +134,7 @@ def test_users_are_apart(state):
     odd = ["u", "u:", "u1", "U", "", "\0", "ü", "u\u0308", "😀" * 250, "x" * 1_000, "x" * 999, "*"]
     state.append([event(f"e{n}", n, user, item_id=user) for n, user in enumerate(odd)])
     for number, user in enumerate(odd):
-        assert state.path(user) == UserPath([user], [1], [number], 0)
+        assert state.path(user) == UserPath([user], [1], [number], [None], 0)
         assert state.kept(user)[0].user_id == user
 
 
@@ -205,11 +210,11 @@ def test_ten_thousand_at_once(place):
 def test_erased_stays_erased(state):
     state.append([event("a", 10), event("b", 20), event("z", 20, "other")])
     assert state.erase("u", 25) == 2
-    assert state.path("u") == UserPath([], [], [], 25)
+    assert state.path("u") == UserPath([], [], [], [], 25)
     assert state.kept("u") == []
     assert state.append([event("a", 10), event("b", 20), event("c", 24)]) == ["late"] * 3
     assert state.append([event("d", 25)]) == ["accepted"]
-    assert state.path("u") == UserPath(["id"], [1], [25], 25)
+    assert state.path("u") == UserPath(["id"], [1], [25], [None], 25)
     assert drained(state) == ["z", "d"]
     assert dict(state.erased()) == {user_hash("u"): 25}
 
@@ -276,10 +281,10 @@ def test_expired_events_are_not_shown(place, monkeypatch):
     state = place.open(keep_ms=100)
     state.append([event("a", 900), event("b", 1_000), event("c", 1_050)])
     monkeypatch.setattr(state_module, "now_ms", lambda: 1_100)
-    assert state.path("u") == UserPath(["ib", "ic"], [1, 1], [1_000, 1_050], 0)
+    assert state.path("u") == UserPath(["ib", "ic"], [1, 1], [1_000, 1_050], [None] * 2, 0)
     assert ids(state) == ["b", "c"]
     monkeypatch.setattr(state_module, "now_ms", lambda: 9_000)
-    assert state.path("u") == UserPath([], [], [], 0)
+    assert state.path("u") == UserPath([], [], [], [], 0)
 
 
 # The outbox
@@ -509,6 +514,7 @@ def test_as_the_reference_does(place, steps):
             [one.item_id for one in reference.kept()],
             [1] * len(reference.kept()),
             [one.timestamp for one in reference.kept()],
+            [one.value for one in reference.kept()],
             reference.erased_before,
         )
     token, waiting = state.outbox(1_000)
@@ -836,3 +842,42 @@ def check_refuses_what_is_not_ours(server: RedisServer) -> None:
 
 def test_token_is_plain():
     assert Token(3, 5) == (3, 5, ())
+
+
+def change(item_id: str, removed: bool = False, **other) -> ItemChange:
+    return ItemChange(item_id, removed, 5, **other)
+
+
+def test_items_newest_change_counts(state):
+    assert state.items.since(0) == (0, [])
+    whole = change("名" * 900, vector=b"1234", space="s", like=["a"], features={"n": 1}, by="me")
+    assert state.items.put([change("a"), whole, change("a", removed=True)]) == 3
+    newest, changes = state.items.since(0)
+    assert newest == 3
+    assert [(one.item_id, one.number) for one in changes] == [(whole.item_id, 2), ("a", 3)]
+    assert changes[0] == msgspec.structs.replace(whole, number=2)
+    assert changes[1].removed
+    assert state.items.since(2).changes == changes[1:]
+    assert state.items.since(3) == (3, [])
+    assert state.items.put([change("a")]) == 4
+    assert [one.item_id for one in state.items.since(3).changes] == ["a"]
+
+
+def test_items_are_forgotten_unless_they_changed_since(state):
+    state.items.put([change("a"), change("b")])
+    _, changes = state.items.since(0)
+    state.items.put([change("b", removed=True)])
+    assert state.items.forget(changes) == 1
+    newest, left = state.items.since(0)
+    assert (newest, [(one.item_id, one.number) for one in left]) == (3, [("b", 3)])
+    assert state.items.forget([]) == 0
+    assert state.items.put([change("a")]) == 4
+
+
+def test_items_are_seen_through_another_handle_and_after_a_restart(place):
+    first, second = place.open(), place.open()
+    first.items.put([change("a")])
+    assert [one.item_id for one in second.items.since(0).changes] == ["a"]
+    first.close()
+    second.close()
+    assert place.open().items.since(0).newest == 1

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -21,10 +22,14 @@ from recsys import losses
 from recsys.artifacts import Workspace
 from recsys.cli import main
 from recsys.config import config_dir
+from recsys.evaluation.device_search import Kind, faiss_gpus, searcher
 from recsys.evaluation.protocol import Evaluation, evaluate
 from recsys.evaluation.scorers import ModelScorer
 from recsys.losses import ItemSide
+from recsys.serving.engine import Engine
+from recsys.serving.messages import RecommendRequest
 from recsys.training.runs import LAST, load_run
+from tiny_bundles import write_tiny_bundle
 
 CUDA = torch.cuda.is_available()
 pytestmark = [
@@ -108,6 +113,37 @@ def middle(last: Path) -> bool:
     kept = torch.load(last, weights_only=True, map_location="cpu")
     epoch, step = kept["callbacks"]["Bookmark"]["place"]
     return epoch == 1 and step > 0
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf_flat", "cagra"])
+def test_search_on_the_device_finds_what_the_cpu_finds(kind: Kind) -> None:
+    if kind != "flat" and not faiss_gpus():
+        pytest.skip("needs faiss-gpu-cuvs")
+    centres = np.random.default_rng(0).normal(size=(50, 32))
+    rng = np.random.default_rng(1)
+    items_ND, queries_QD = (
+        (centres[rng.integers(0, 50, n)] + 0.3 * rng.normal(size=(n, 32))).astype(np.float32)
+        for n in (20_000, 200)
+    )
+    wanted = searcher(items_ND).search(queries_QD, 100).rows_QK
+    on = searcher(items_ND, "cuda" if CUDA else "cpu", kind, nprobe=64)
+    found = on.search(queries_QD, 100)
+    recall = np.mean([np.isin(f, w).mean() for f, w in zip(found.rows_QK, wanted, strict=True)])
+    assert recall >= (0.999 if on.exact else 0.9), on.by
+    true = np.einsum("qkd,qd->qk", items_ND[found.rows_QK], queries_QD)
+    np.testing.assert_allclose(found.scores_QK, true, atol=1e-2)
+
+
+def test_a_server_encodes_on_the_device(tmp_path: Path) -> None:
+    """Or says why it does not: onnxruntime-gpu is not installed wherever torch sees a GPU."""
+    bundle = write_tiny_bundle(tmp_path / "tiny-1")
+    device = "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
+    asked = [RecommendRequest(history=["i9", "i10"])]
+    items = [
+        [(item.item_id, round(item.score, 3)) for item in engine.recommend(asked)[0].items]
+        for engine in (Engine.load(bundle, device=device), Engine.load(bundle))
+    ]
+    assert items[0] == items[1]
 
 
 def test_killed_in_mid_epoch_and_resumed(

@@ -41,6 +41,7 @@ def catalogue(rich: bool) -> Catalogue:
         counts,
         has_time=True,
         has_types=True,
+        has_values=True,
         item_codes={"category": Codes(rng.integers(0, 5, NUM_ITEMS + 1), 5)},
         user_codes={"region": Codes(rng.integers(0, 4, NUM_USERS + 1), 4)},
         item_vectors={"vector": rng.normal(size=(NUM_ITEMS + 1, 8)).astype(np.float32)},

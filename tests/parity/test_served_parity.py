@@ -95,14 +95,17 @@ def top(
 def history(dataset: Dataset, batch: EvaluationBatch, b: int) -> list[dict[str, Any]]:
     ids = dataset.items["item_id"]
     part = slice(batch.histories.offsets[b], batch.histories.offsets[b + 1])
-    columns = (column[part] for column in (batch.histories.items, batch.histories.types))
+    paths = batch.histories
+    assert paths.values is not None
+    columns = (column[part] for column in (paths.items, paths.types, paths.times, paths.values))
     return [
         {
             "item_id": ids[int(item) - 1].as_py(),
             "event_type": EVENT_TYPES[int(kind) - 1],
             "timestamp": int(time),
+            "value": None if np.isnan(value) else float(value),
         }
-        for item, kind, time in zip(*columns, batch.histories.times[part], strict=True)
+        for item, kind, time, value in zip(*columns, strict=True)
     ]
 
 

@@ -43,6 +43,7 @@ def write_dataset(
             num_events=len(flat),
             has_time=times is not None,
             event_types=["view"],
+            has_values=False,
             split=split,
             item_features={},
             user_features={},

@@ -102,6 +102,7 @@ def tiny_dataset(path: Path) -> Dataset:
         num_events=len(flat),
         has_time=True,
         event_types=["view"],
+        has_values=False,
         split={"rule": "leave_one_out"},
         item_features={"title": "text"},
         user_features={},
@@ -123,6 +124,16 @@ def write(directory: Path, dataset: Dataset, **changes) -> dict:
 def bundle(tmp_path: Path, dataset: Dataset) -> Path:
     write(tmp_path / "bundles" / "tiny-1", dataset)
     return tmp_path / "bundles" / "tiny-1"
+
+
+def test_a_missing_shard_is_named(tmp_path: Path, dataset: Dataset) -> None:
+    path = tmp_path / "sharded"
+    manifest = write(path, dataset, index={"kind": "flat", "shards": 2})
+    assert manifest["index"]["shards"] == 2
+    assert len(Bundle.open(path).index_paths) == 2
+    (path / "index-2-of-2.faiss").unlink()
+    with pytest.raises(InputError, match=r"not a whole bundle: index-2-of-2\.faiss missing"):
+        Bundle.open(path)
 
 
 def test_manifest_describes_the_bundle(bundle: Path) -> None:
@@ -165,7 +176,7 @@ def test_histories_of_users_and_of_nobody(bundle: Path) -> None:
 def test_self_tests_are_what_the_stored_graph_and_index_answer(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     session = onnxruntime.InferenceSession(opened.encoder_path)
-    index = ItemIndex.load(opened.index_path, opened.vectors_ND, opened.manifest["index"])
+    index = ItemIndex.load(opened.index_paths, opened.vectors_ND, opened.manifest["index"])
     tests = opened.manifest["self_test"]
     assert [test["user_id"] for test in tests] == USER_IDS
     assert tests[0]["history"] == ["with space", 'quote"s', "plain"]  # the newest max_length
@@ -183,7 +194,7 @@ def test_opens_without_torch(bundle: Path) -> None:
         "import sys, numpy as np; from recsys.index.bundle import Bundle; "
         f"b = Bundle.open({str(bundle)!r}); b.vectors_ND.sum(); b.users; b.item_index; "
         "from recsys.index.search import ItemIndex; "
-        "ItemIndex.load(b.index_path, b.vectors_ND, b.manifest['index']); "
+        "ItemIndex.load(b.index_paths, b.vectors_ND, b.manifest['index']); "
         "heavy = {'torch', 'pytorch_lightning', 'hydra', 'pandas', 'mlflow', 'duckdb'}; "
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
@@ -291,7 +302,7 @@ def test_index_kind_is_kept(tmp_path: Path, dataset: Dataset, kind: str) -> None
     manifest = write(tmp_path / "b", dataset, index={"kind": kind})
     opened = Bundle.open(tmp_path / "b")
     assert manifest["index"]["kind"] == kind
-    index = ItemIndex.load(opened.index_path, opened.vectors_ND, manifest["index"])
+    index = ItemIndex.load(opened.index_paths, opened.vectors_ND, manifest["index"])
     assert index.search(VECTORS_ND[:1, None], 10).indices_BK.shape == (1, 7)
 
 

@@ -19,7 +19,7 @@ NEEDED = {"split": ["data=sequences", "data.path=x"]}
 NEEDED |= {group: ["model=ranker"] for group in RANKING}
 """What a group is of no use without."""
 PROVIDED = {"catalogue", "dataset", "seed", "length", "params", "layer", "fresh"}
-PROVIDED |= {"query_PD", "target_P", "items", "weight_P"}
+PROVIDED |= {"query_PD", "target_P", "items", "weight_P", "table"}
 PROVIDED |= {"layout", "tasks", "retriever", "crossing", "path", "heads", "shown", "inputs"}
 """Arguments that the code gives, not the config."""
 

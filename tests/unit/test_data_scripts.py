@@ -97,9 +97,9 @@ def test_without_a_network_it_says_what_to_fetch_and_where_to_put_it(
 
 def test_bench_reports_rate_and_memory(tmp_path: Path) -> None:
     bench = script("bench_prepare")
-    bench.generate(tmp_path / "log.parquet", 5_000, 200, 50, seed=0)
-    settings = {"name": "bench", "path": str(tmp_path / "log.parquet"), "min_item_events": 2}
-    said = bench.measure(tmp_path / "log.parquet", tmp_path / "w", settings, "temporal")
+    bench.generate(tmp_path / "log", 5_000, 200, 50, seed=0)
+    settings = {"name": "bench", "path": str(tmp_path / "log"), "min_item_events": 2}
+    said = bench.measure(tmp_path / "log", tmp_path / "w", settings, "temporal")
     assert said["source_rows"] == 5_000
     assert said["rows_a_second"] > 0
     assert 50 < said["peak_mib"] < 4096

@@ -54,6 +54,8 @@ def rows_of(days: int, a_day: int = 150, seed: int = 0) -> list[list[Row]]:
 def written(folder: Path, name: str, log: Sequence[Row], columns: Sequence[str] = COLUMNS) -> Path:
     arrays = {c: [row[i] for row in log] for i, c in enumerate(COLUMNS) if c in columns}
     kinds = {"timestamp": pa.int64(), "value": pa.float64()}
+    if not log:
+        kinds = dict.fromkeys(COLUMNS, pa.string()) | kinds
     table = pa.table({c: pa.array(v, kinds.get(c)) for c, v in arrays.items()})
     pq.write_table(table, folder / name)
     return folder / name
@@ -273,7 +275,7 @@ MISTAKES = {
         COLUMNS[:3],
         {},
     ),
-    r"column 'item_id' is whole numbers, in shop-\w+ it is text": (
+    r"column 'item_id' is number, in shop-\w+ it is text": (
         [("u1", 7, START, "view", 1.0)],
         COLUMNS,
         {},

@@ -22,6 +22,7 @@ def histories(lengths: list[int], seed: int = 0) -> Histories:
                 rng.integers(1, 99, n),
                 rng.integers(1, 5, n),
                 np.sort(rng.integers(0, 10**12, n)),
+                np.where(rng.random(n) < 0.3, np.nan, rng.uniform(0, 100, n)),
             )
             for n in lengths
         ]
@@ -34,8 +35,8 @@ def test_batch_equals_single(lengths: list[int], max_length: int) -> None:
     now = np.full(len(lengths), 2 * 10**12)
     together = encode(batch, max_length, now)
     for index in range(len(lengths)):
-        part = slice(batch.offsets[index], batch.offsets[index + 1])
-        one = Histories.of([(batch.items[part], batch.types[part], batch.times[part])])
+        first, end = batch.offsets[index], batch.offsets[index + 1]
+        one = batch.taking(slice(first, end), np.array([0, end - first]))
         alone = encode(one, max_length, now[:1])
         width = alone["items"].shape[1]
         for name, values in alone.items():
@@ -72,16 +73,25 @@ def test_packed_positions_equal_encoded_ones() -> None:
     batch = histories([9, 4, 7])
     packed = pack(batch, 8)
     for b in range(3):
-        part = slice(batch.offsets[b], batch.offsets[b + 1] - 1)
-        inputs = Histories.of([(batch.items[part], batch.types[part], batch.times[part])])
+        first, end = batch.offsets[b], batch.offsets[b + 1] - 1
+        inputs = batch.taking(slice(first, end), np.array([0, end - first]))
         alone = encode(inputs, 8, batch.times[batch.offsets[b + 1] - 1 :][:1])
         places = np.argwhere(packed["targets"] == batch.items[batch.offsets[b + 1] - 1])
         row, end = next(p for p in places if packed["positions"][tuple(p)] == len(inputs.items) - 1)
         span = slice(end - len(inputs.items) + 1, end + 1)
-        for name in ("items", "types", "gaps"):
+        for name in ("items", "types", "gaps", "values"):
             np.testing.assert_array_equal(packed[name][row, span], alone[name][0])
         for name in ("request_gap", "request_hour", "request_weekday"):
             assert packed[name][row, end] == alone[name][0]
+
+
+def test_joined_histories_keep_their_values() -> None:
+    one = (np.array([3]), np.array([1]), np.array([0]), np.array([60.0]))
+    two = (np.array([4, 5]), np.array([1, 1]), np.array([0, 9]), np.array([np.nan, 3600.0]))
+    arrays = encode(Histories.of([one, two]), 5, np.array([10, 10]))
+    assert arrays["values"].tolist() == [[48, 0], [0, 95]]
+    none = encode(Histories.of([one[:3], two[:3]]), 5, np.array([10, 10]))
+    assert none["values"].tolist() == [[0, 0], [0, 0]]
 
 
 def test_request_context_of_a_known_moment() -> None:

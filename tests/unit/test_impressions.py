@@ -14,8 +14,9 @@ import pytest
 
 from recsys.artifacts import Workspace
 from recsys.data.dataset import Dataset
-from recsys.data.prepare import prepare, summary
+from recsys.data.prepare import prepare
 from recsys.data.sources.events import Events
+from recsys.data.summary import summary
 from recsys.schema import InputError
 
 HOUR = 3_600_000
@@ -247,7 +248,7 @@ def test_a_dataset_without_impressions_says_so(tmp_path: Path) -> None:
 def test_requests_are_numbered_across_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recsys.data.prepare.CHUNK", 2048)
+    monkeypatch.setattr("recsys.data.engines.CHUNK", 2048)
     rows = 9_000
     request = np.arange(rows) // 3
     table = {

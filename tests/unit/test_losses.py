@@ -217,3 +217,12 @@ def test_an_unknown_kernel_is_refused() -> None:
         losses.full_softmax(
             torch.zeros(1, 1), torch.ones(1).long(), side(torch.zeros(2, 1)), kernel="cuda"
         )
+
+
+def test_full_softmax_in_a_small_tile_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vectors, query, target = torch.randn(30, 8), torch.randn(40, 8), torch.randint(1, 30, (40,))
+    whole = losses.full_softmax(query, target, side(vectors), products="fp32")
+    monkeypatch.setattr(losses, "TILE", 29)
+    few = losses.full_softmax(query, target, side(vectors), products="fp32")
+    torch.testing.assert_close(few, whole)

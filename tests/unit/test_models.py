@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,14 @@ from recsys.data.catalogue import Catalogue, Codes
 from recsys.history import Histories, encode, pack
 from recsys.models import Trajectory, TwoTower
 from recsys.models.layers import Attention, Filtered, Gated, Hstu, Path, Recurrent
+from recsys.models.trajectory import HIDDEN_VALUES
 from recsys.schema import InputError
 
 N = 40
+
+
+EVERYTHING = {"has_time": True, "has_types": True, "has_values": True}
+NOTHING = dict.fromkeys(EVERYTHING, False)
 
 
 def catalogue(**facts: Any) -> Catalogue:
@@ -27,7 +33,7 @@ def catalogue(**facts: Any) -> Catalogue:
         "item_vectors": {"vector": vectors},
     }
     counts = np.concatenate([[0], np.arange(N)])
-    return Catalogue(N, 2, counts, **({"has_time": True, "has_types": True} | facts), **features)
+    return Catalogue(N, 2, counts, **(EVERYTHING | facts), **features)
 
 
 INTERESTS = {"interests": 3, "blend": 2}
@@ -54,7 +60,7 @@ def models() -> dict[str, torch.nn.Module]:
         "interests": Trajectory(catalogue(), 12, 16, interests=3).eval(),
         "blend": Trajectory(catalogue(), 12, 16, interests=2, blend=True).eval(),
         "trajectory": Trajectory(catalogue(), 12, 16).eval(),
-        "trajectory, items only": Trajectory(catalogue(has_time=False, has_types=False), 12, 16),
+        "trajectory, items only": Trajectory(catalogue(**NOTHING), 12, 16),
         "trajectory, features": Trajectory(catalogue(), 12, 16, **features).eval(),
         "two_tower": TwoTower(catalogue(), 12, 16).eval(),
         "two_tower, features": TwoTower(
@@ -67,7 +73,12 @@ def some_histories(count: int = 6) -> Histories:
     rng = np.random.default_rng(1)
     return Histories.of(
         [
-            (rng.integers(1, N + 1, n), rng.integers(1, 5, n), np.sort(rng.integers(0, 10**9, n)))
+            (
+                rng.integers(1, N + 1, n),
+                rng.integers(1, 5, n),
+                np.sort(rng.integers(0, 10**9, n)),
+                np.where(rng.random(n) < 0.3, np.nan, rng.uniform(0, 100, n)),
+            )
             for n in rng.integers(1, 20, count)
         ]
     )
@@ -86,8 +97,8 @@ def test_batch_equals_single(name: str) -> None:
     together = query(model, histories)
     assert together.shape == (6, INTERESTS.get(name, 1), 16)
     for b in range(6):
-        part = slice(histories.offsets[b], histories.offsets[b + 1])
-        one = Histories.of([(histories.items[part], histories.types[part], histories.times[part])])
+        first, end = histories.offsets[b], histories.offsets[b + 1]
+        one = histories.taking(slice(first, end), np.array([0, end - first]))
         torch.testing.assert_close(query(model, one)[0], together[b], atol=1e-5, rtol=1e-5)
 
 
@@ -182,7 +193,7 @@ def test_packed_training_equals_serving(name: str) -> None:
             {k: torch.from_numpy(v) for k, v in pack(whole, 12).items()}
         )
     for end in range(1, len(whole.items)):
-        prefix = Histories.of([(whole.items[:end], whole.types[:end], whole.times[:end])])
+        prefix = whole.taking(slice(end), np.array([0, end]))
         arrays = encode(prefix, 12, whole.times[end : end + 1])
         with torch.no_grad():
             alone = model(*(torch.from_numpy(arrays[name]) for name in model.inputs))
@@ -190,10 +201,22 @@ def test_packed_training_equals_serving(name: str) -> None:
 
 
 def test_auto_reads_what_the_dataset_has() -> None:
-    assert Trajectory(catalogue(has_time=False, has_types=False), 5).inputs == ("items", "lengths")
+    assert Trajectory(catalogue(**NOTHING), 5).inputs == ("items", "lengths")
     assert "gaps" not in Trajectory(catalogue(), 5, gaps=False).inputs
     with pytest.raises(InputError, match=r"model.gaps=true has no effect.*no timestamps"):
         Trajectory(catalogue(has_time=False), 5, gaps=True)
+
+
+def test_values_are_read_and_in_training_sometimes_hidden() -> None:
+    model, histories = models()["trajectory"], some_histories()
+    told = query(model, histories)
+    assert not torch.allclose(told, query(model, replace(histories, values=None)))
+    values_BL = torch.full((100, 100), 7)
+    assert (model._told(values_BL) == 7).all()
+    hidden = (model.train()._told(values_BL) == 0).float().mean()
+    assert hidden == pytest.approx(HIDDEN_VALUES, abs=0.02)
+    with pytest.raises(InputError, match=r"model.values=true has no effect.*no values"):
+        Trajectory(catalogue(has_values=False), 5, values=True)
 
 
 def test_unknown_feature_is_named() -> None:

@@ -1,6 +1,6 @@
 """What lies in serving/: files that fit the code and each other, and a load generator that is fair.
 
-promtool, hadolint and kubernetes-validate check their files too, where they are installed.
+promtool and kubernetes-validate check their files too, where they are installed.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -22,6 +20,7 @@ import numpy as np
 import pytest
 import yaml
 
+from linting import lint
 from recsys.serving.metrics import Metrics
 from recsys.serving.settings import ServeSettings
 
@@ -63,15 +62,6 @@ OBJECTS = {
 }
 POD = OBJECTS["StatefulSet", "recsys"]["spec"]["template"]["spec"]
 CONTAINER = POD["containers"][0]
-
-
-def run(tool: str, *arguments: str) -> None:
-    """Run a checker; skip where it is not installed."""
-    found = shutil.which(tool)
-    if not found:
-        pytest.skip(f"{tool} is not installed")
-    done = subprocess.run([found, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # --- metrics, alerts, dashboard ---------------------------------------------------------------
@@ -181,9 +171,9 @@ def test_each_alert_is_made_to_fire_once() -> None:
 
 
 def test_promtool_agrees(tmp_path: Path) -> None:
-    run("promtool", "check", "rules", str(SERVING / "alerts.yml"))
-    run("promtool", "test", "rules", str(SERVING / "alerts_test.yml"))
-    run("promtool", "check", "config", "--syntax-only", str(SERVING / "prometheus.yml"))
+    lint("promtool", "check", "rules", str(SERVING / "alerts.yml"))
+    lint("promtool", "test", "rules", str(SERVING / "alerts_test.yml"))
+    lint("promtool", "check", "config", "--syntax-only", str(SERVING / "prometheus.yml"))
     plain = [
         expression.replace("$__rate_interval", "1m").replace("$", "")
         for expression in dashboard_expressions()
@@ -191,7 +181,7 @@ def test_promtool_agrees(tmp_path: Path) -> None:
     rules = [{"record": f"panel:{place}", "expr": text} for place, text in enumerate(plain)]
     panels = tmp_path / "panels.yml"
     panels.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
-    run("promtool", "check", "rules", str(panels))
+    lint("promtool", "check", "rules", str(panels))
 
 
 def test_panels_have_their_place() -> None:
@@ -261,6 +251,7 @@ def test_servers_of_compose() -> None:
         assert server["read_only"]
         assert "ports" not in server
         assert (SERVING / server["build"]["context"] / server["build"]["dockerfile"]).is_file()
+        assert server["build"]["target"] == "serve"
     logs = [server["volumes"][0] for server in servers]
     assert len(set(logs)) == 2, "each its own log"
 
@@ -295,30 +286,7 @@ def test_balancer_and_prometheus_know_both_servers() -> None:
     assert "uri /readyz" in balancer
 
 
-# --- image and Kubernetes ---------------------------------------------------------------------
-
-
-def test_image() -> None:
-    text = (SERVING / "Dockerfile").read_text()
-    stages = re.findall(r"^FROM (\S+) AS (\w+)", text, re.MULTILINE)
-    assert len(stages) == 3
-    last = text.partition("AS serve\n")[2]
-    assert re.findall(r"^USER (\d+)", last, re.MULTILINE) == [
-        str(POD["securityContext"]["runAsUser"])
-    ]
-    assert "pip install" not in last, "what builds stays behind"
-    assert "torch" not in re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
-    assert "/readyz" in last.partition("HEALTHCHECK")[2]
-    run("hadolint", str(SERVING / "Dockerfile"))
-
-
-def test_what_the_image_copies_is_let_through() -> None:
-    text = (SERVING / "Dockerfile").read_text()
-    copied = re.findall(r"^COPY (?!--)(.*) \S+$", text, re.MULTILINE)
-    let = (SERVING / "Dockerfile.dockerignore").read_text().split()
-    for name in " ".join(copied).split():
-        assert f"!{name}" in let
-        assert (CHECKOUT / name).exists()
+# --- Kubernetes -------------------------------------------------------------------------------
 
 
 def test_kubernetes_objects_fit_each_other() -> None:
@@ -378,7 +346,7 @@ def test_kustomization_names_every_file() -> None:
 def test_kubernetes_schemas() -> None:
     paths = (SERVING / "kubernetes").glob("*.yaml")
     files = [str(path) for path in paths if path.stem != "kustomization"]
-    run("kubernetes-validate", "--strict", *files)
+    lint("kubernetes-validate", "--strict", *files)
 
 
 def test_the_guide_names_every_setting() -> None:

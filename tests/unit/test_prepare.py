@@ -14,11 +14,12 @@ import pytest
 from recsys.artifacts import Workspace, verify
 from recsys.data import prepare as module
 from recsys.data.dataset import Dataset
-from recsys.data.prepare import PrepareSettings, prepare, summary
+from recsys.data.prepare import PrepareSettings, prepare
 from recsys.data.sources.events import Events
 from recsys.data.sources.movielens import MovieLens
 from recsys.data.sources.sequences import Sequences
 from recsys.data.splits import moment_at, split_rule
+from recsys.data.summary import summary
 from recsys.schema import InputError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -364,7 +365,7 @@ def test_a_full_device_is_noticed_while_streaming(
 ) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    monkeypatch.setattr(module, "npy", lambda *_: io.FileIO("/dev/full", "w"))
+    monkeypatch.setattr("recsys.data.flat.npy", lambda *_: io.FileIO("/dev/full", "w"))
     with pytest.raises(InputError, match=r"no space left"):
         made(tmp_path, log(tmp_path, SMALL))
     assert leftovers(tmp_path) == []

@@ -14,10 +14,11 @@ import pytest
 from recsys.artifacts import Workspace
 from recsys.data.dataset import Dataset
 from recsys.data.examples import impressions
-from recsys.data.prepare import prepare, summary
+from recsys.data.prepare import prepare
 from recsys.data.sources import answers as answers_module
 from recsys.data.sources import served
 from recsys.data.sources.served import Served
+from recsys.data.summary import summary
 from recsys.schema import InputError
 from recsys.serving.log import AnswerJournal, LoggedAnswer, Shipper
 from recsys.serving.state import LoggedEvent, open_state

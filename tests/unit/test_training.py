@@ -175,7 +175,8 @@ def test_a_spawned_worker_gets_the_path_not_the_data(kind: type, dataset: Datase
 @pytest.mark.parametrize("kind", [PackedBatches, PairBatches])
 def test_no_batch_holds_an_event_to_predict(kind: type, dataset: Dataset) -> None:
     batches = kind(dataset, size=16, seed=0, length=50)
-    seen = {(int(user), int(end)) for user, end in zip(batches.users, batches.ends, strict=True)}
+    found = batches.find(np.arange(batches.total))
+    seen = {(int(user), int(end)) for user, end in zip(*found, strict=True)}
     last = {user: max(e for u, e in seen if u == user) for user in {u for u, _ in seen}}
     limit = 0 if kind is PackedBatches else 1
     assert all(end <= dataset.split.train_end[user] - limit for user, end in last.items())

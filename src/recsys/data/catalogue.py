@@ -34,6 +34,7 @@ class Catalogue:
     train_count: NDArray[np.int64]
     has_time: bool = False
     has_types: bool = False
+    has_values: bool = False
     item_codes: Mapping[str, Codes] = field(default_factory=dict)
     user_codes: Mapping[str, Codes] = field(default_factory=dict)
     item_vectors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
@@ -48,8 +49,9 @@ class Catalogue:
             train_count=dataset.train_count,
             has_time=dataset.has_time,
             has_types=dataset.has_types,
+            has_values=dataset.has_values,
             item_codes=_codes(dataset.items, kinds[0]),
-            user_codes=_codes(dataset.users, kinds[1]),
+            user_codes=_codes(dataset.users, kinds[1]) if kinds[1] else {},
             item_vectors={
                 name: _vectors(dataset.items[name])
                 for name, kind in kinds[0].items()

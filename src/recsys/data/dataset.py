@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,8 @@ from recsys.artifacts import read_manifest
 from recsys.history import Histories
 from recsys.schema import InputError
 
+USERS = 1 << 16
+"""Users whose times are looked at together."""
 EVENT_ARRAYS = {"items": np.int32, "types": np.int8, "times": np.int64, "values": np.float32}
 
 
@@ -88,6 +92,11 @@ class Dataset:
         return len(self.manifest["event_types"]) > 1
 
     @property
+    def has_values(self) -> bool:
+        """Whether any event has a value: dwell seconds, a rating, a price."""
+        return bool(self.manifest["has_values"])
+
+    @property
     def fingerprint(self) -> str:
         """What stands for the content of all its files."""
         return str(self.manifest["fingerprint"])
@@ -135,6 +144,11 @@ class Dataset:
             self.offsets, self.events["times"], rule["validation_from"], rule["test_from"]
         )
 
+    def read_ahead(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Ask the system to read some ranges of events now, without waiting for them."""
+        for name in ("items", "types", "times"):
+            _read_ahead(self.events[name], ranges)
+
     def histories(
         self, users: NDArray[np.integer], ends: NDArray[np.integer], longest: int | None = None
     ) -> Histories:
@@ -144,8 +158,11 @@ class Dataset:
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         firsts = self.offsets[users] + ends - counts
         source = np.repeat(firsts - offsets[:-1], counts) + np.arange(offsets[-1])
-        items, types, times = (self.events[name][source] for name in ("items", "types", "times"))
-        return Histories(np.asarray(items), np.asarray(types), np.asarray(times), offsets)
+        items, types, times = (
+            np.asarray(self.events[name][source]) for name in ("items", "types", "times")
+        )
+        values = np.asarray(self.events["values"][source]) if self.has_values else None
+        return Histories(items, types, times, offsets, values)
 
     def places(
         self, users: NDArray[np.integer], moments: NDArray[np.int64], after: bool = False
@@ -182,6 +199,15 @@ class Dataset:
             same &= self.events["types"][at] == types[there]
             found[there[same]] = low[there[same]] + step
         return found
+
+
+def _read_ahead(array: NDArray[Any], ranges: Sequence[tuple[int, int]]) -> None:
+    if not isinstance(array, np.memmap) or not hasattr(os, "posix_fadvise"):
+        return
+    with open(str(array.filename), "rb") as file:
+        for first, last in ranges:
+            place, size = array.offset + first * array.itemsize, (last - first) * array.itemsize
+            os.posix_fadvise(file.fileno(), place, size, os.POSIX_FADV_WILLNEED)
 
 
 def leave_one_out(lengths: NDArray[np.int64]) -> Split:
@@ -225,5 +251,9 @@ def by_time(
 def _count_before(
     offsets: NDArray[np.int64], times: NDArray[np.int64], moment: int
 ) -> NDArray[np.int64]:
-    before = np.concatenate([[0], np.cumsum(np.asarray(times) < moment)])
-    return before[offsets[1:]] - before[offsets[:-1]]
+    counts = np.zeros(len(offsets) - 1, np.int64)
+    for first in range(0, len(counts), USERS):
+        some = np.asarray(offsets[first : first + USERS + 1])
+        before = np.concatenate([[0], np.cumsum(times[some[0] : some[-1]] < moment)])
+        counts[first : first + USERS] = np.diff(before[some - some[0]])
+    return counts

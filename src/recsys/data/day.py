@@ -15,8 +15,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recsys.data.admission import PENDING
+from recsys.data.coding import CODES, each_once, encoded
 from recsys.data.dataset import Dataset
-from recsys.data.prepare import PrepareSettings, count, each_once, encoded, keep, table_kinds
+from recsys.data.engines import Engine, count
+from recsys.data.prepare import table_kinds
+from recsys.data.settings import PrepareSettings
 from recsys.data.sources import Tables
 from recsys.data.sources.events import UNTYPED
 from recsys.data.sources.files import ROW, parquet
@@ -43,32 +46,33 @@ class Day(NamedTuple):
     dropped: dict[str, int]
 
 
-def read_day(con: ibis.BaseBackend, old: Dataset, tables: Tables, deduplicate: bool) -> Day:
+def read_day(engine: Engine, old: Dataset, tables: Tables, deduplicate: bool) -> Day:
     """Return what a new log brings, and what waited in the old dataset."""
-    import ibis
-
-    new = tables.events
-    if "row" not in new.columns:
-        new = new.mutate(row=ibis.row_number())
-    new = keep(con, "new_events", new)
-    waited = old.path / PENDING
-    events = new
-    if waited.is_file():
-        earlier = parquet(con, [waited]).rename(row=ROW)
-        later = new.mutate(row=new.row + pq.read_metadata(waited).num_rows)
-        events = earlier.select(*new.columns).union(later)
-    coded = encoded(con, events)
-    unique = each_once(con, coded.events) if deduplicate else coded.events
-    table = unique.order_by("row").to_pyarrow()
+    new = engine.keep("new_events", engine.rowed(tables.events))
+    coded = encoded(engine, _with_waiting(engine, old.path / PENDING, new))
+    unique = each_once(engine, coded.events) if deduplicate else coded.events
+    engine.keep("new_once", unique)
+    table = engine.here("new_once").order_by("row").to_pyarrow()
     names = {"users": "user", "items": "item", "times": "timestamp", "types": "type"}
     columns = {name: table[theirs].to_numpy() for name, theirs in names.items()}
     columns["values"] = table["value"].to_numpy().astype(np.float32)
     ids, known = {}, {}
-    for name, codes in (("user", coded.users), ("item", coded.items)):
-        ids[name], known[name] = _places(con, codes, old.path / f"{name}s.parquet", name)
+    for name, kept in CODES.items():
+        file = old.path / f"{name}s.parquet"
+        ids[name], known[name] = _places(engine.local, engine.here(kept), file, name)
     rows, repeated = count(new), count(coded.events) - len(table)
     day = Day(columns, ids, known, rows, {**tables.dropped, "duplicates": repeated})
     return _without_repeats(old, day) if deduplicate else day
+
+
+def _with_waiting(engine: Engine, file: Path, new: ibis.Table) -> ibis.Table:
+    """Return the new events after those that wait in `file`, where there are any."""
+    if not file.is_file():
+        return new
+    earlier = parquet(engine.local, [file]).rename(row=ROW)
+    waiting = engine.take("waiting", earlier.select(*new.columns))
+    later = new.mutate(row=new.row + pq.read_metadata(file).num_rows)
+    return waiting.union(later)
 
 
 def _places(

@@ -5,6 +5,8 @@ Shapes: U users, N items, E events of some histories.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,6 +43,10 @@ class Fresh:
         held_U[tested] = now.find(tested, times, items, types)
         return cls(first_U, held_U, replay)
 
+    def cut(self, ends_U: Ints) -> Ints:
+        """Return the place of each user's first new target, at most where training ends: [U]."""
+        return np.clip(self.first_U, 1, np.maximum(ends_U, 1))
+
     def trains(self, users_E: Ints, places_E: Ints, new_E: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return which events may be targets: in an example of new ones (`new_E`) only those."""
         return (places_E != self.held_U[users_E]) & (~new_E | (places_E >= self.first_U[users_E]))
@@ -63,6 +69,33 @@ class Fresh:
             counts = np.bincount(items_E[trains_E & some_E], minlength=len(total))
             total += weight * counts / max(1, counts.sum())
         return total
+
+
+class Replaying:
+    """All new examples in any order, and old ones drawn anew each epoch, spread evenly between.
+
+    New examples are counted first, then old ones.
+
+    >>> fresh = Fresh(np.zeros(1, int), np.zeros(1, int), replay=0.5)
+    >>> (Replaying(fresh, 2, 5, seed=0).rows(0, 0, 4) >= 2).tolist()
+    [False, True, False, True]
+    """
+
+    def __init__(self, fresh: Fresh, new: int, old: int, seed: int) -> None:
+        self.new, self.old, self.seed = new, old, seed
+        self.replayed = fresh.replayed(new, old)
+        self.order = lru_cache(maxsize=1)(self._order)
+
+    def rows(self, epoch: int, first: int, last: int) -> Ints:
+        """Return the examples from place `first` up to `last` of an epoch."""
+        return self.order(epoch)[first:last]
+
+    def _order(self, epoch: int) -> Ints:
+        rng = np.random.default_rng([self.seed, epoch])
+        new, old = (rng.permutation(count) for count in (self.new, self.old))
+        parts = new, self.new + old[: self.replayed]
+        places = [(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts]
+        return np.concatenate(parts)[np.argsort(np.concatenate(places), kind="stable")]
 
 
 def _cut(dataset: Dataset) -> Ints:

@@ -24,15 +24,10 @@ from recsys.data.admission import PENDING, SCHEMA, Newcomers, admitted
 from recsys.data.dataset import Dataset
 from recsys.data.day import Day, check_alike, check_growable, read_day
 from recsys.data.features import typed, write_features
+from recsys.data.flat import any_value, occurring
 from recsys.data.merge import Arriving, Merged, merge
-from recsys.data.prepare import (
-    STAYS_THE_SAME,
-    PrepareSettings,
-    is_ready,
-    making,
-    occurring,
-    resolved,
-)
+from recsys.data.prepare import is_ready, making
+from recsys.data.settings import STAYS_THE_SAME, PrepareSettings, resolved
 from recsys.data.sources import Source, Tables
 from recsys.data.splits import DAY, FOREVER, SplitRule, count_items, rule_of
 from recsys.schema import EVENT_TYPES, InputError
@@ -88,12 +83,13 @@ def grow(
     lasting = {name: value for name, value in facts.items() if name not in STAYS_THE_SAME}
     path = workspace.folder("dataset") / f"{chosen.name}-{fingerprint(lasting)[:8]}"
     if not is_ready(path):
-        with making(path, chosen, facts) as (con, folder, scratch):
+        with making(path, chosen, facts) as (engine, folder, scratch):
             stage("reading")
             began = time.monotonic()
-            tables = source.read(con, Path(chosen.path) if chosen.path else None, scratch)
+            tables = engine.read(source, Path(chosen.path) if chosen.path else None, scratch)
             check_alike(old, tables, chosen)
-            day = read_day(con, old, tables, chosen.deduplicate)
+            with tables.blaming():
+                day = read_day(engine, old, tables, chosen.deduplicate)
             stage("merging")
             grown = _Grown(old, day, growth, chosen, rule, folder)
             grown.write(tables, began, facts)
@@ -173,6 +169,7 @@ class _Grown:
             num_events=int(merged.offsets[-1]),
             has_time=True,
             event_types=occurring(self.folder / "events"),
+            has_values=any_value(self.folder / "events"),
             split=where,
             item_features=was["item_features"],
             user_features=was["user_features"],

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.data.dataset import EVENT_ARRAYS, Dataset
-from recsys.data.prepare import CHUNK, npy
+from recsys.data.engines import CHUNK
+from recsys.data.flat import npy
 
 Ints = NDArray[np.int64]
 

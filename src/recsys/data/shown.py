@@ -334,6 +334,14 @@ class ShownBatches(Batches):
         """Training requests."""
         return len(self.training)
 
+    def cost(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many items each request shows."""
+        return np.diff(self.shown.examples.offsets)[self.training[rows]]
+
+    def draws(self, rows: NDArray[np.int64]) -> int:
+        """One number a request, by which its context is hidden."""
+        return len(rows)
+
     def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
         """Return the model's inputs and `labels`."""
         requests = self.training[rows]

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recsys import peers
 from recsys.data.dataset import Dataset
 from recsys.evaluation.scorers import EvaluationBatch, Scorer
 from recsys.history import Histories
@@ -119,17 +120,20 @@ def evaluate(
     ks: Sequence[int] = KS,
     batch_size: int = 512,
     details: bool = True,
+    shared: bool = False,
 ) -> Evaluation:
     """Rank all items for every user with an event to predict, given all events before it.
 
     `exclude_seen` takes the items of the history from the candidates, but never the target. Memory
     is batch × items. Without `details`: recall, NDCG and MRR only, for use after each epoch.
+    `shared`: every process of a training calls it, and each ranks its share of the users.
     Raises InputError where nobody has such an event, or a score is NaN.
     """
     started = perf_counter()
     _check(ks, batch_size)
     asked = requests(dataset, part)
-    ranked = _rank(dataset, scorer, asked, ks if details else (), exclude_seen, batch_size)
+    share = (peers.rank(), peers.world()) if shared else (0, 1)
+    ranked = _rank(dataset, scorer, asked, ks if details else (), exclude_seen, batch_size, share)
     metrics = _means(ranked.main(exclude_seen), ks) | _beside(ranked, exclude_seen, ks)
     groups = _groups(dataset, asked) if details else {}
     main_Q = ranked.main(exclude_seen)
@@ -193,11 +197,13 @@ def _rank(
     ks: Sequence[int],
     exclude_seen: bool,
     batch_size: int,
+    share: tuple[int, int] = (0, 1),
 ) -> _Ranked:
     # Histories of like length together: little of a batch is then padding.
     order_Q = np.argsort(asked.places, kind="stable")
-    asked = Requests(*(column[order_Q] for column in asked))
-    with_seen, without_seen = [], []
+    part, parts = share
+    asked = Requests(*(column[order_Q[part::parts]] for column in asked))
+    with_seen, without_seen = ([torch.zeros(0, dtype=torch.float64)] for _ in range(2))
     shown_KN = torch.zeros(len(ks), dataset.num_items + 1, dtype=torch.int64)
     for batch, targets_B in _batches(dataset, asked, batch_size):
         scores_BN = _scores(dataset, scorer, batch)
@@ -209,8 +215,19 @@ def _rank(
         if ks:
             top_BK = _top(scores_BN, max(ks), seen if exclude_seen else None)
             shown_KN += torch.stack([exposure(top_BK[:, :k], dataset.num_items) for k in ks])
-    back_Q = torch.from_numpy(np.argsort(order_Q))
-    return _Ranked(torch.cat(with_seen)[back_Q], torch.cat(without_seen)[back_Q], shown_KN)
+    with_Q, without_Q = (
+        _put_back(torch.cat(some), order_Q, parts) for some in (with_seen, without_seen)
+    )
+    return _Ranked(with_Q, without_Q, shown_KN if parts == 1 else peers.total(shown_KN))
+
+
+def _put_back(mine: Tensor, order_Q: NDArray[np.int64], parts: int) -> Tensor:
+    """Return the values of all requests in their own order, of each part's every `parts`-th."""
+    values = [mine] if parts == 1 else peers.gathered(mine)
+    places = np.concatenate([order_Q[part::parts] for part in range(parts)])
+    found_Q = torch.empty(len(order_Q), dtype=torch.float64)
+    found_Q[torch.from_numpy(places)] = torch.cat(values).double()
+    return found_Q
 
 
 def _batches(

@@ -6,6 +6,7 @@ Shapes: N items, D dim, Q queries, H interests.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
 import time
@@ -23,7 +24,16 @@ from recsys.data.dataset import Dataset
 from recsys.export.runtime import Encoder, request_times
 from recsys.history import Histories
 from recsys.index.build import BuiltIndex, IndexSettings, build, check_vectors
-from recsys.index.bundle import ENCODER, EVENT_ARRAYS, EVENTS, INDEX, ITEMS, USERS, VECTORS
+from recsys.index.bundle import (
+    ENCODER,
+    EVENT_ARRAYS,
+    EVENTS,
+    ITEMS,
+    USERS,
+    VALUES,
+    VECTORS,
+    map_vectors,
+)
 from recsys.index.search import ItemIndex
 from recsys.schema import EVENT_TYPES, InputError
 
@@ -35,6 +45,8 @@ TUNING_USERS = 1000
 SELF_TESTS = 5
 SELF_TEST_K = 10
 NAME_DIGITS = 8
+ALIGNED = 64
+"""Bytes that the vectors begin at a multiple of, but for the 8 of the length before it."""
 
 Settings = IndexSettings | Mapping[str, Any] | None
 Sample = tuple[Histories, NDArray[np.int64]]
@@ -115,6 +127,7 @@ def write_bundle(
     with writing(directory) as scratch:
         _write_encoder(encoder, scratch / ENCODER)
         _write_vectors(vectors_ND, scratch / VECTORS)
+        vectors_ND = map_vectors(scratch / VECTORS)
         _write_tables(dataset, scratch)
         opened = Encoder.open(
             scratch / ENCODER, tuple(facts["encoder_inputs"]), int(facts["max_length"])
@@ -123,7 +136,7 @@ def write_bundle(
         queries_QHD = opened.queries(*sample)
         _check_width(queries_QHD, vectors_ND)
         built = build(vectors_ND, index, queries_QHD.reshape(-1, vectors_ND.shape[1]))
-        _write_index(built, scratch / INDEX)
+        index_facts = built.write(scratch)
         second = _second_stage(scratch, ranker)
         return write_manifest(
             scratch,
@@ -133,7 +146,7 @@ def write_bundle(
             dim=vectors_ND.shape[1],
             interests=queries_QHD.shape[1],
             **_dataset_facts(dataset),
-            index=built.facts,
+            index=index_facts,
             **({} if second is None else {"ranker": second.facts}),
             self_test=_self_tests(dataset, sample, queries_QHD, built, vectors_ND, second),
             seconds=round(time.perf_counter() - started, 3),
@@ -218,24 +231,21 @@ def _write_encoder(encoder: bytes | Path, file: Path) -> None:
 
 
 def _write_vectors(vectors_ND: NDArray[np.float32], file: Path) -> None:
-    from safetensors.numpy import save
-
-    file.write_bytes(save({"vectors": vectors_ND}))
+    """Write a safetensors file of one tensor, without a second copy of it in memory."""
+    entry = {"dtype": "F32", "shape": vectors_ND.shape, "data_offsets": [0, vectors_ND.nbytes]}
+    header = json.dumps({"vectors": entry}).encode()
+    header += b" " * (-len(header) % ALIGNED)
+    with file.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.write(vectors_ND.data)
 
 
 def _write_tables(dataset: Dataset, directory: Path) -> None:
     pq.write_table(dataset.items.drop_columns(["train_count"]), directory / ITEMS)
     pq.write_table(dataset.users.select(["user_id"]), directory / USERS)
     (directory / EVENTS).mkdir()
-    for name in EVENT_ARRAYS:
+    for name in (*EVENT_ARRAYS, *([VALUES] if dataset.has_values else [])):
         shutil.copyfile(dataset.path / EVENTS / f"{name}.npy", directory / EVENTS / f"{name}.npy")
-
-
-def _write_index(built: BuiltIndex, file: Path) -> None:
-    import faiss
-
-    # Through Python, not faiss.write_index: only so is a full disk told from other errors.
-    file.write_bytes(faiss.serialize_index(built.index).data)
 
 
 def _self_tests(
@@ -264,10 +274,8 @@ def _self_tests(
 
 
 def _one(histories: Histories, row: int) -> Histories:
-    events = slice(*histories.offsets[row : row + 2])
-    columns = (histories.items, histories.types, histories.times)
-    items, types, times = (column[events] for column in columns)
-    return Histories.of([(items, types, times)])
+    first, end = histories.offsets[row : row + 2]
+    return histories.taking(slice(first, end), np.array([0, end - first]))
 
 
 def _described(dataset: Dataset, histories: Histories, row: int, user: int) -> dict[str, Any]:
@@ -277,8 +285,13 @@ def _described(dataset: Dataset, histories: Histories, row: int, user: int) -> d
         "history": _item_ids(dataset, histories.items[events]),
         "event_types": [EVENT_TYPES[code - 1] for code in histories.types[events]],
         "timestamps": histories.times[events].tolist() if dataset.has_time else None,
+        "values": _known(histories.values[events]) if histories.values is not None else None,
         "now": int(request_times(histories)[row]) if dataset.has_time else None,
     }
+
+
+def _known(values: NDArray[np.floating]) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in values]
 
 
 def _item_ids(dataset: Dataset, indices: NDArray[np.integer]) -> list[str]:

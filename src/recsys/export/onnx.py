@@ -212,14 +212,13 @@ def random_arrays(model: nn.Module, batch: int, length: int, seed: int = 0) -> A
     return arrays | {"users": rng.integers(0, 2, batch)}
 
 
-def _random_history(
-    rng: np.random.Generator, count: int, num_items: int
-) -> tuple[NDArray, NDArray, NDArray]:
+def _random_history(rng: np.random.Generator, count: int, num_items: int) -> tuple[NDArray, ...]:
     gaps = np.exp(rng.uniform(0, 20, count)).astype(np.int64)
     return (
         rng.integers(1, num_items + 1, count),
         rng.integers(1, len(EVENT_TYPES) + 1, count),
         10**12 + np.cumsum(gaps),
+        np.where(rng.random(count) < 0.5, np.nan, np.exp(rng.uniform(0, 10, count))),
     )
 
 

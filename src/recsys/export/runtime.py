@@ -70,5 +70,4 @@ def request_times(histories: Histories) -> NDArray[np.int64]:
 def _part(histories: Histories, rows: slice) -> Histories:
     offsets = histories.offsets[rows.start : rows.stop + 1]
     events = slice(offsets[0], offsets[-1])
-    items, types, times = (c[events] for c in (histories.items, histories.types, histories.times))
-    return Histories(items, types, times.astype(np.int64, copy=False), offsets - offsets[0])
+    return histories.taking(events, offsets - offsets[0])

@@ -19,19 +19,21 @@ from numpy.typing import NDArray
 from recsys.artifacts import MANIFEST, read_manifest
 from recsys.artifacts import verify as verify_files
 from recsys.history import Histories
+from recsys.index.shards import names
 from recsys.schema import InputError
 
 ENCODER = "encoder.onnx"
 RANKER = "ranker.onnx"
 FEATURES = "ranker/features.json"
 VECTORS = "item_vectors.safetensors"
-INDEX = "index.faiss"
 ITEMS = "items.parquet"
 USERS = "users.parquet"
 EVENTS = "events"
 EVENT_ARRAYS = ("items", "types", "times", "offsets")
-FILES = (ENCODER, VECTORS, INDEX, ITEMS, USERS, *(f"{EVENTS}/{name}.npy" for name in EVENT_ARRAYS))
-"""What every bundle holds beside its manifest; one with a ranker holds `RANKER` too."""
+VALUES = "values"
+ALWAYS = (ENCODER, VECTORS, ITEMS, USERS, *(f"{EVENTS}/{name}.npy" for name in EVENT_ARRAYS))
+FILES = (*ALWAYS, *names(1))
+"""What a bundle holds beside its manifest, where its index is whole; with a ranker `RANKER` too."""
 TABLES = ("item_codes", "item_numbers", "item_raw", "user_codes", "user_numbers")
 """With `FEATURES`, a bundle holds each as `ranker/NAME.npy`: everything of items and users encoded
 as the ranker reads it; row 0 belongs to what is unknown. With declared vectors, `item_vectors` too.
@@ -125,9 +127,9 @@ class Bundle:
         return _map_array(file)
 
     @property
-    def index_path(self) -> Path:
-        """Return the FAISS index's path."""
-        return self.path / INDEX
+    def index_paths(self) -> list[Path]:
+        """Return the FAISS index's path, or those of its shards."""
+        return [self.path / name for name in _index_files(self.manifest)]
 
     @cached_property
     def items(self) -> pa.Table:
@@ -168,8 +170,16 @@ class Bundle:
 
     @cached_property
     def events(self) -> dict[str, NDArray[Any]]:
-        """The users' trajectories, memory-mapped: items, types, times [E] and offsets [U + 1]."""
-        return {name: _map_array(self.path / EVENTS / f"{name}.npy") for name in EVENT_ARRAYS}
+        """The users' trajectories, memory-mapped: items, types, times [E] and offsets [U + 1].
+
+        And `values` [E] where the log has any.
+        """
+        files = {name: self.path / EVENTS / f"{name}.npy" for name in (*EVENT_ARRAYS, VALUES)}
+        return {
+            name: _map_array(file)
+            for name, file in files.items()
+            if name != VALUES or file.is_file()
+        }
 
     def histories(self, rows: NDArray[np.integer]) -> Histories:
         """Return the whole trajectories of user `rows` [B]; a negative row has an empty one."""
@@ -181,7 +191,8 @@ class Bundle:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         source = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
         items, types, times = (np.asarray(self.events[n][source]) for n in EVENT_ARRAYS[:3])
-        return Histories(items, types, times, offsets)
+        values = np.asarray(self.events[VALUES][source]) if VALUES in self.events else None
+        return Histories(items, types, times, offsets, values)
 
 
 class UserRows:
@@ -267,9 +278,14 @@ def _require_files(path: Path, manifest: dict[str, Any]) -> None:
         raise InputError(f"{path / MANIFEST}: does not list {', '.join(unlisted)}; export it again")
 
 
+def _index_files(manifest: dict[str, Any]) -> tuple[str, ...]:
+    return names(int(manifest.get("index", {}).get("shards", 1)))
+
+
 def _expected(manifest: dict[str, Any]) -> tuple[str, ...]:
+    always = (*ALWAYS, *_index_files(manifest))
     if not manifest.get("ranker"):
-        return FILES
+        return always
     if FEATURES not in manifest.get("files", {}):
-        return (*FILES, RANKER)
-    return (*FILES, RANKER, FEATURES, *(f"ranker/{name}.npy" for name in TABLES))
+        return (*always, RANKER)
+    return (*always, RANKER, FEATURES, *(f"ranker/{name}.npy" for name in TABLES))

@@ -10,13 +10,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.index.build import RECALL_AT, fetch_count, search_parameters
+from recsys.index import kinds
+from recsys.index.kinds import CODED, search_parameters
+from recsys.index.shards import Shards
+from recsys.index.tuning import RECALL_AT
 from recsys.schema import PAD, InputError
 
 if TYPE_CHECKING:
@@ -89,6 +93,17 @@ class Masked:
 Subset = Gathered | Masked
 
 
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """Items that were removed since the index was built: bool [N + 1] by item index, and how many.
+
+    However many they are, a search passes over them at the price of a look at the mask.
+    """
+
+    mask: NDArray[np.bool_]
+    count: int
+
+
 class ItemIndex:
     """A FAISS index beside the vectors that it was built from.
 
@@ -97,7 +112,10 @@ class ItemIndex:
     """
 
     def __init__(
-        self, index: faiss.Index, vectors_ND: NDArray[np.float32], facts: Mapping[str, Any]
+        self,
+        index: faiss.Index | Shards,
+        vectors_ND: NDArray[np.float32],
+        facts: Mapping[str, Any],
     ) -> None:
         if index.ntotal != len(vectors_ND) or index.d != vectors_ND.shape[1]:
             raise InputError(
@@ -109,19 +127,27 @@ class ItemIndex:
         self.vectors_ND = np.ascontiguousarray(np.asarray(vectors_ND), np.float32)
         self.kind = str(facts["kind"])
         self.effort = int(facts.get("nprobe") or facts.get("ef_search") or 0)
+        # Manifests from before it was tuned have none.
+        self.refine = int(facts.get("refine", 2 if self.kind in CODED else 1))
         self.parameters: dict[int, Any] = {}
 
     @classmethod
     def load(
-        cls, file: Path, vectors_ND: NDArray[np.float32], facts: Mapping[str, Any]
+        cls, files: Path | Sequence[Path], vectors_ND: NDArray[np.float32], facts: Mapping[str, Any]
     ) -> ItemIndex:
-        """Read an index file; `facts` is the `index` entry of the bundle's manifest."""
-        import faiss
+        """Read an index file, or its shards; `facts` is the `index` entry of the manifest.
 
-        try:
-            return cls(faiss.read_index(str(file)), vectors_ND, facts)
-        except RuntimeError as error:
-            raise InputError(f"{file}: not a FAISS index; export the bundle again") from error
+        Codes, vectors and links stay on the disk, mapped: all processes share these pages.
+        """
+        if isinstance(files, Path):
+            return cls(kinds.read(files), vectors_ND, facts)
+        parts = [kinds.read(file) for file in files]
+        return cls(Shards(parts) if len(parts) > 1 else parts[0], vectors_ND, facts)
+
+    @classmethod
+    def exact(cls, vectors_ND: NDArray[np.float32]) -> ItemIndex:
+        """Make an index that compares with every vector."""
+        return cls(_flat(np.ascontiguousarray(vectors_ND)), vectors_ND, {"kind": "flat"})
 
     def __len__(self) -> int:
         return len(self.vectors_ND)
@@ -151,25 +177,26 @@ class ItemIndex:
         k: int,
         outs: Sequence[Out],
         subset: Subset | None = None,
+        gone: Gone | None = None,
     ) -> list[Hits]:
         """Return each request's best items, up to `k`, over all its interests, without repeats.
 
         outs: item indices to pass over, a set a request. subset: the only items to answer with.
+        gone: items that no request is answered with.
         """
         queries_BHD = np.ascontiguousarray(queries_BHD, np.float32)
         size = _size(subset, len(self))
         found: dict[int, Hits] = {} if size else dict.fromkeys(range(len(outs)), ([], []))
         for attempt in range(self._attempts(subset)):
             left = [row for row in range(len(outs)) if row not in found]
-            for rows, width in self._together(left, k, outs, subset, attempt):
-                for row, ranked in zip(
-                    rows, self._ranked(queries_BHD[rows], min(width, size), subset), strict=True
-                ):
+            for rows, width in self._together(left, k, outs, subset, gone, attempt):
+                lists = self._ranked(queries_BHD[rows], min(width, size), subset, gone)
+                for row, ranked in zip(rows, lists, strict=True):
                     hits = _best(*ranked, k, outs[row], queries_BHD.shape[1] > 1)
                     if len(hits[0]) >= k or self._is_all(hits, width, outs[row], subset):
                         found[row] = hits
         return [
-            found[row] if row in found else self._scanned(queries_BHD[row], k, out, subset)
+            found[row] if row in found else self._scanned(queries_BHD[row], k, out, subset, gone)
             for row, out in enumerate(outs)
         ]
 
@@ -206,20 +233,12 @@ class ItemIndex:
 
     def score_all(self, queries_HD: NDArray[np.float32]) -> Scores:
         """Return all items' best inner products over the interests: float32 [N + 1], 0 is -inf."""
-        import faiss
+        return np.append(np.float32(-np.inf), products(queries_HD, self.vectors_ND))
 
-        best_N = np.full(len(self) + 1, -np.inf, np.float32)
-        scores_N = np.empty(len(self), np.float32)
-        for query_D in np.ascontiguousarray(queries_HD, np.float32):
-            faiss.fvec_inner_products_ny(
-                faiss.swig_ptr(scores_N),
-                faiss.swig_ptr(query_D),
-                faiss.swig_ptr(self.vectors_ND),
-                self.vectors_ND.shape[1],
-                len(self),
-            )
-            np.maximum(best_N[1:], scores_N, out=best_N[1:])
-        return best_N
+    @cached_property
+    def norms(self) -> Scores:
+        """The vectors' lengths: float32 [N]."""
+        return np.sqrt(np.einsum("nd,nd->n", self.vectors_ND, self.vectors_ND))
 
     def _attempts(self, subset: Subset | None) -> int:
         """Return how many searches to try before all items are scored."""
@@ -227,10 +246,16 @@ class ItemIndex:
         return 0 if hopeless else 2
 
     def _together(
-        self, rows: list[int], k: int, outs: Sequence[Out], subset: Subset | None, attempt: int
+        self,
+        rows: list[int],
+        k: int,
+        outs: Sequence[Out],
+        subset: Subset | None,
+        gone: Gone | None,
+        attempt: int,
     ) -> list[tuple[list[int], int]]:
         """Group requests that are searched with the same effort, so that a batch changes none."""
-        spare = SPARE if isinstance(subset, Masked) else 0
+        spare = SPARE if isinstance(subset, Masked) else min(gone.count, SPARE) if gone else 0
         widths = {
             row: WIDER * (k + len(outs[row])) if attempt else k + min(len(outs[row]), SPARE) + spare
             for row in rows
@@ -241,7 +266,7 @@ class ItemIndex:
         return [(members, max(widths[row] for row in members)) for members in groups.values()]
 
     def _ranked(
-        self, queries_BHD: NDArray[np.float32], width: int, subset: Subset | None
+        self, queries_BHD: NDArray[np.float32], width: int, subset: Subset | None, gone: Gone | None
     ) -> Iterable[tuple[Indices, Scores]]:
         """Return what one search finds for each request: items and scores, best first.
 
@@ -253,12 +278,14 @@ class ItemIndex:
             scores, ids = subset.index.search(queries, width)
             indices, kind = subset.indices[ids], "flat"
         else:
-            fetched = min(fetch_count(self.kind, width), len(self))
+            fetched = min(self.refine * width, len(self))
             scores, ids = self.index.search(queries, fetched, params=self._parameters(width))
             indices, kind = ids + 1, self.kind
         if isinstance(subset, Masked):
             indices = np.where(subset.mask[indices], indices, PAD)
-        if interests == 1 and kind != "ivf_sq8":
+        if gone:
+            indices = np.where(gone.mask[indices], PAD, indices)
+        if interests == 1 and kind not in CODED:
             return zip(indices, scores, strict=True)
         shape = (batch, interests, -1)
         rows = zip(queries_BHD, indices.reshape(shape), scores.reshape(shape), strict=True)
@@ -292,16 +319,46 @@ class ItemIndex:
         return self.parameters[steps]
 
     def _scanned(
-        self, queries_HD: NDArray[np.float32], k: int, out: Out, subset: Subset | None
+        self,
+        queries_HD: NDArray[np.float32],
+        k: int,
+        out: Out,
+        subset: Subset | None,
+        gone: Gone | None,
     ) -> Hits:
         """Score all items: where too few were found near the query, so rare that it may be slow."""
         scores_N = self.score_all(queries_HD)
-        scores_N[np.fromiter(out, np.int64, len(out))] = -np.inf
+        scores_N[[item for item in out if item <= len(self)]] = -np.inf
+        if gone:
+            scores_N[gone.mask] = -np.inf
         if isinstance(subset, Masked):
             scores_N[~subset.mask] = -np.inf
         best = np.argpartition(-scores_N, min(k, len(self)) - 1)[:k]
         best = best[scores_N[best] > -np.inf]
         return _best(*_ordered(best, scores_N[best]), k, frozenset())
+
+
+def products(queries_HD: NDArray[np.float32], vectors_ND: NDArray[np.float32]) -> Scores:
+    """Return each vector's best inner product over the interests: float32 [N].
+
+    >>> products(np.eye(2, dtype=np.float32), np.array([[1, 3], [2, 1]], np.float32)).tolist()
+    [3.0, 2.0]
+    """
+    import faiss
+
+    best_N = np.full(len(vectors_ND), -np.inf, np.float32)
+    scores_N = np.empty(len(vectors_ND), np.float32)
+    for query_D in np.ascontiguousarray(queries_HD, np.float32):
+        # Not NumPy's product: its BLAS wakes a thread a core, and waits for those that are busy.
+        faiss.fvec_inner_products_ny(
+            faiss.swig_ptr(scores_N),
+            faiss.swig_ptr(query_D),
+            faiss.swig_ptr(vectors_ND),
+            vectors_ND.shape[1],
+            len(vectors_ND),
+        )
+        np.maximum(best_N, scores_N, out=best_N)
+    return best_N
 
 
 def _steps(width: int) -> int:
@@ -335,13 +392,18 @@ def _ordered(indices: Indices, scores: Scores) -> tuple[Indices, Scores]:
 
 def _best(indices: Indices, scores: Scores, k: int, out: Out, repeats: bool = False) -> Hits:
     """Return the first `k` that are not to be passed over, of equal ones the smallest first."""
-    pairs = zip(indices.tolist(), scores.tolist(), strict=True)
     passed = {PAD, *out}
-    hits = [(index, score) for index, score in pairs if index not in passed]
-    if repeats:
-        hits = [*dict(reversed(hits)).items()][::-1]  # the first of each, which is its best
-        hits.sort(key=lambda hit: -hit[1])
-    kept, values = [index for index, _ in hits[:k]], [score for _, score in hits[:k]]
+    kept: list[int] = []
+    values: list[float] = []
+    for index, score in zip(indices.tolist(), scores.tolist(), strict=True):
+        if index in passed:
+            continue
+        if repeats:  # the first of each is its best
+            passed.add(index)
+        kept.append(index)
+        values.append(score)
+        if len(kept) == k:
+            break
     if len(set(values)) < len(values):  # smaller indices are more popular items
         kept = [index for _, index in sorted(zip([-value for value in values], kept, strict=True))]
     return kept, values

@@ -21,6 +21,8 @@ from recsys.models.target import PathItems, TargetAttention
 from recsys.schema import InputError
 
 MakePart = Callable[..., Any]
+OF_REQUESTS = {"request_codes", "request_numbers", "queries"}
+"""Inputs that say something of a request."""
 
 
 class Ranker(nn.Module):
@@ -66,6 +68,8 @@ class Ranker(nn.Module):
         self.path = path and path(fields, dim, max_length, dropout, event_types, gaps)
         self.crossing = crossing(*self._widths(layout, dim), dropout)
         self.heads = heads(self.crossing.width, self.tasks, dropout)
+        # Gradients of what is never read would be waited for where several processes train.
+        self.anyone.requires_grad_(not (set(self.inputs) & OF_REQUESTS))
         self.calibration = Calibration(self.tasks)
 
     def forward(self, *arrays: Tensor) -> Tensor:

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from recsys.data.catalogue import Catalogue
-from recsys.history import GAP_BUCKETS
+from recsys.history import GAP_BUCKETS, VALUE_BUCKETS
 from recsys.models.dropout import Dropout
 from recsys.models.features import Features
 from recsys.models.layers import Attention, Path
 from recsys.models.queries import Blend, Interests, RequestContext
+from recsys.models.tables import MakeTable, whole
 from recsys.schema import EVENT_TYPES, InputError
 
 Auto = bool | Literal["auto"]
 MakeLayer = Callable[..., nn.Module]
+HIDDEN_VALUES = 0.1
+"""Share of values that training hides: at a request the newest event may have none yet."""
 
 
 def resolve(setting: Auto, available: bool, name: str, lacking: str) -> bool:
@@ -35,14 +38,15 @@ def resolve(setting: Auto, available: bool, name: str, lacking: str) -> bool:
 
 
 class Trajectory(nn.Module):
-    """Reads items, event types and time gaps in order; answers with H query vectors a position.
+    """Reads items, event types, time gaps and values; answers with H query vectors a position.
 
     `layer` makes each of the `layers` (see `recsys.models.layers`). Item vectors, the id's and
     those of `item_features` (categorical) and `item_vectors` (content), are tied between input and
-    output. `event_types`, `gaps` and `context` (gap to the request, hour and weekday, mixed into
-    the query) are read where the dataset has them (`auto`). `interests` above 1 answers with that
-    many vectors, each item being scored by the nearest; `blend` mixes a long-term interest in, by
-    its own gate or by the caller's `recency`.
+    output. `event_types`, `gaps`, `values` (dwell, a rating) and `context` (gap to the request,
+    hour and weekday, mixed into the query) are read where the dataset has them (`auto`).
+    `interests` above 1 answers with that many vectors, each item being scored by the nearest;
+    `blend` mixes a long-term interest in, by its own gate or by the caller's `recency`. `table`
+    makes the table of ids.
     """
 
     layout = "packed"
@@ -59,22 +63,25 @@ class Trajectory(nn.Module):
         normed_input: bool = False,
         event_types: Auto = "auto",
         gaps: Auto = "auto",
+        values: Auto = "auto",
         context: Auto = "auto",
         interests: int = 1,
         blend: bool = False,
         item_features: list[str] | None = None,
         item_vectors: list[str] | None = None,
+        table: MakeTable = whole,
     ) -> None:
         super().__init__()
         self.max_length = max_length
-        self.items = nn.Embedding(catalogue.num_items + 1, dim, padding_idx=0)
+        self.items = table(catalogue.num_items + 1, dim)
         self.item_features = Features.of_items(catalogue, dim, item_features, item_vectors)
         self.layers = nn.ModuleList(layer(dim, max_length, dropout) for _ in range(layers))
         timed = catalogue.has_time and any(part.reads_times for part in self.layers)
-        self.inputs = _inputs(catalogue, event_types, gaps, context, timed, blend)
+        self.inputs = _inputs(catalogue, event_types, gaps, values, context, timed, blend)
         self.positions = nn.Embedding(max_length, dim) if learned_positions else None
         self.event_types = _table("types" in self.inputs, len(EVENT_TYPES) + 1, dim)
         self.gaps = _table("gaps" in self.inputs, GAP_BUCKETS, dim)
+        self.values = _table("values" in self.inputs, VALUE_BUCKETS, dim)
         self.input_norm = nn.LayerNorm(dim) if normed_input else None
         self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
@@ -155,11 +162,25 @@ class Trajectory(nn.Module):
             events = events + self.event_types(batch["types"])
         if self.gaps is not None:
             events = events + self.gaps(batch["gaps"])
+        if self.values is not None:
+            events = events + self.values(self._told(batch["values"]))
         return events if self.input_norm is None else self.input_norm(events)
+
+    def _told(self, values_BL: Tensor) -> Tensor:
+        if not self.training:
+            return values_BL
+        hidden_BL = torch.rand(values_BL.shape, device=values_BL.device) < HIDDEN_VALUES
+        return values_BL.masked_fill(hidden_BL, 0)
 
 
 def _inputs(
-    catalogue: Catalogue, event_types: Auto, gaps: Auto, context: Auto, timed: bool, blend: bool
+    catalogue: Catalogue,
+    event_types: Auto,
+    gaps: Auto,
+    values: Auto,
+    context: Auto,
+    timed: bool,
+    blend: bool,
 ) -> tuple[str, ...]:
     has_time = catalogue.has_time, "timestamps"
     inputs: tuple[str, ...] = ("items", "lengths")
@@ -167,6 +188,8 @@ def _inputs(
         inputs += ("types",)
     if resolve(gaps, has_time[0], "gaps", has_time[1]):
         inputs += ("gaps",)
+    if resolve(values, catalogue.has_values, "values", "values"):
+        inputs += ("values",)
     if timed:
         inputs += ("times",)
     if resolve(context, has_time[0], "context", has_time[1]):

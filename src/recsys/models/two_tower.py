@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from recsys.data.catalogue import Catalogue, choose
 from recsys.models.dropout import Dropout
 from recsys.models.features import Features
+from recsys.models.tables import MakeTable, whole
 from recsys.schema import InputError
 
 
@@ -22,7 +23,8 @@ class TwoTower(nn.Module):
 
     The user side reads the id (`user_ids`), `user_features` and the mean of the newest
     `max_length` items; the item side the id, `item_features` (categorical) and `item_vectors`
-    (content). Source: Yi et al. 2019, section 4 (sampling-bias-corrected two-tower model).
+    (content); `table` makes the tables of ids. Source: Yi et al. 2019, section 4
+    (sampling-bias-corrected two-tower model).
     """
 
     layout = "pairs"
@@ -39,6 +41,7 @@ class TwoTower(nn.Module):
         user_features: list[str] | None = None,
         item_features: list[str] | None = None,
         item_vectors: list[str] | None = None,
+        table: MakeTable = whole,
     ) -> None:
         super().__init__()
         self.max_length, self.normalize = max_length, normalize
@@ -47,8 +50,8 @@ class TwoTower(nn.Module):
         self.inputs: tuple[str, ...] = ("items", "lengths")
         if user_ids or wanted_users:
             self.inputs += ("users",)
-        self.items = nn.Embedding(catalogue.num_items + 1, dim, padding_idx=0)
-        self.users = nn.Embedding(catalogue.num_users + 1, dim, padding_idx=0) if user_ids else None
+        self.items = table(catalogue.num_items + 1, dim)
+        self.users = table(catalogue.num_users + 1, dim) if user_ids else None
         self.user_features = Features({n: user_codes[n] for n in wanted_users}, {}, dim)
         self.item_features = Features.of_items(catalogue, dim, item_features, item_vectors)
         parts = 1 + user_ids + len(wanted_users)

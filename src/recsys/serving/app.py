@@ -17,6 +17,7 @@ from recsys.serving.asgi import Header, Receive, Reply, Request, Route, Routes, 
 from recsys.serving.engine import UnknownItem
 from recsys.serving.guard import Refusal
 from recsys.serving.intake import Conflict, single
+from recsys.serving.items import ITEM_ROUTES
 from recsys.serving.messages import (
     MAX_EVENTS,
     AnswerBatch,
@@ -87,12 +88,12 @@ async def similar(service: Service, request: Request) -> Reply:
     """GET /v1/similar/{item_id}."""
     query = converted(request.query(), SimilarQuery)
     check_k(query.k, service.settings)
-    return reply(await service.aside_run(service.engine.similar, request.tail, query.k))
+    return reply(await service.aside_run(service.similar, request.tail, query.k))
 
 
 async def item(service: Service, request: Request) -> Reply:
     """GET /v1/items/{item_id}."""
-    return reply(await service.aside_run(service.engine.item, request.tail))
+    return reply(await service.aside_run(service.item, request.tail))
 
 
 async def post_events(service: Service, request: Request) -> Reply:
@@ -174,6 +175,7 @@ ROUTES: list[Route[Service]] = [
     Route("POST", "/v1/events", post_events, "events"),
     Route("GET", "/v1/users/{user_id}", user, "admin"),
     Route("DELETE", "/v1/users/{user_id}", erase_user, "admin"),
+    *ITEM_ROUTES,
     *ADMIN_ROUTES,
     Route("GET", "/metrics", show_metrics, "read"),
     Route("GET", "/healthz", health),
@@ -252,7 +254,7 @@ def refusal(error: Exception) -> tuple[str, Reply]:
         return error.code, refuse(error.status, error.code, str(error), headers)
     if isinstance(error, StateUnavailable):
         log.error("state_unavailable", reason=str(error))
-        said = "the store of users' paths is not available; nothing of this was kept; try again"
+        said = "the store of users' paths and of items is not available; nothing of this was kept"
         return "state_unavailable", refuse(503, "state_unavailable", said, RETRY)
     for kind, status, code in REFUSALS:
         if isinstance(error, kind):

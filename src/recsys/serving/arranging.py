@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from recsys.index.delta import Rows
 from recsys.index.search import Hits
 from recsys.serving.rules import Rules, capped, names_of
 
@@ -32,7 +33,7 @@ def arranged(
     k: int,
     rules: Rules,
     categories: Sequence[Any],
-    vectors_ND: NDArray[np.float32],
+    vectors_ND: NDArray[np.float32] | Rows,
     draws: np.random.Generator,
 ) -> Arranged:
     """Return who takes the first `k` places, by the request's rules."""
@@ -56,7 +57,7 @@ def diverse(
     ranked: Hits,
     k: int,
     diversity: float,
-    vectors_ND: NDArray[np.float32],
+    vectors_ND: NDArray[np.float32] | Rows,
     cap: int | None,
     categories: Sequence[Any],
 ) -> Hits:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.history import Arrays
-from recsys.index.search import Hits, ItemIndex
-from recsys.serving.catalogue import Catalogue, Filter, Indices
+from recsys.history import Arrays, value_bucket
+from recsys.index.search import Hits
+from recsys.serving.catalogue import Filter, Indices
+from recsys.serving.delta import View
 from recsys.serving.messages import Ignored
 from recsys.serving.paths import Trajectory
 from recsys.serving.rules import Rules
@@ -28,12 +29,14 @@ Queries = NDArray[np.float32]
 class Reading:
     """One request resolved against a bundle: indices in place of ids, nothing left to look up.
 
-    `path` is cut to what the models read; `out` holds item indices never to answer with; `user`
-    is the user's row plus one, 0 where unknown; `now` is in milliseconds; `recency` is the share
-    of the newest turn, `OWN_RECENCY` where the model weighs it; `requested` is what a ranker reads
-    of the request itself, and `weights_T` what it makes of its tasks.
+    `view` holds the items as they were when it was read; `path` is cut to what the models read;
+    `out` holds item indices never to answer with; `user` is the user's row plus one, 0 where
+    unknown; `now` is in milliseconds; `recency` is the share of the newest turn, `OWN_RECENCY`
+    where the model weighs it; `requested` is what a ranker reads of the request itself, and
+    `weights_T` what it makes of its tasks.
     """
 
+    view: View
     path: Trajectory
     out: set[int]
     filter: Filter
@@ -48,10 +51,14 @@ class Reading:
 
     @property
     def checksum(self) -> int:
-        """Return a number that stands for the events of the path and the times between them."""
-        items, types, times = self.path
+        """Return a number that stands for the events of the path and the times between them.
+
+        Values count where there are any: what was logged before they were kept is told alike.
+        """
+        items, types, times, values = self.path
+        buckets = value_bucket(values)
         total = 0
-        for part in (items, types, times - times[-1:]):
+        for part in (items, types, times - times[-1:], *([buckets] if buckets.any() else [])):
             total = zlib.crc32(part.astype(np.int64).tobytes(), total)
         return total
 
@@ -64,7 +71,6 @@ class Retrieved:
     """
 
     reading: Reading
-    index: ItemIndex
     queries_HD: Queries
     arrays: Arrays
     first: Hits
@@ -76,11 +82,12 @@ class Retrieved:
         if width == self.width:
             return self.first
         reading, queries_BHD = self.reading, self.queries_HD[None]
-        return self.index.nearest(queries_BHD, width, [reading.out], reading.filter.subset)[0]
+        index: Any = reading.view.index
+        return index.nearest(queries_BHD, width, [reading.out], reading.filter.subset)[0]
 
     def score(self, indices: Indices) -> NDArray[np.floating]:
         """Return inner products with the queries."""
-        return self.index.score(self.queries_HD, indices)
+        return self.reading.view.index.score(self.queries_HD, indices)
 
     def retrieval(self, indices: Indices) -> NDArray[np.floating]:
         """Return the scores as a ranker reads them."""
@@ -96,7 +103,6 @@ class Popular:
     """What is popular, for one request; scores are numbers of events."""
 
     reading: Reading
-    catalogue: Catalogue
     queries_HD: Queries
     arrays: Arrays
     width: int
@@ -104,11 +110,12 @@ class Popular:
 
     def best(self, width: int) -> Hits:
         """Return the `width` items with most events; fewer only where there are no more."""
-        return self.catalogue.popular(width, self.reading.out, self.reading.filter)
+        reading = self.reading
+        return reading.view.catalogue.popular(width, reading.out, reading.filter)
 
     def score(self, indices: Indices) -> NDArray[np.floating]:
         """Return numbers of events."""
-        return self.catalogue.counts[indices].astype(float)
+        return self.reading.view.catalogue.popularity(indices)
 
     def retrieval(self, indices: Indices) -> NDArray[np.floating]:
         """Return NaN, a missing number, for each: there was no search."""
@@ -121,7 +128,9 @@ class Popular:
 
 def _eligible(reading: Reading, indices: Indices) -> NDArray[np.bool_]:
     subset, out = reading.filter.subset, np.fromiter(reading.out, np.int64, len(reading.out))
-    allowed = np.ones(len(indices), bool) if subset is None else subset.holds(indices)
+    allowed = reading.view.catalogue.alive(indices)
+    if subset is not None:
+        allowed &= subset.holds(indices)
     places = np.searchsorted(indices, out)
     out, places = out[places < len(indices)], places[places < len(indices)]
     allowed[places[indices[places] == out]] = False

@@ -6,7 +6,7 @@ Shapes: N items, M items of one category, K answers. Items are indices 1 to N; 0
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
@@ -17,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from recsys.index.bundle import Bundle
+from recsys.index.delta import Within
 from recsys.index.search import Hits, ItemIndex, Masked, Out, Subset
 from recsys.schema import InputError
 from recsys.serving.messages import Recommended
@@ -77,7 +78,7 @@ class Kept(Generic[Value]):
 class Filter:
     """Category lists resolved: the items to answer with (None: any), and names not known."""
 
-    subset: Subset | None
+    subset: Subset | Within | None
     unknown: list[str] = field(default_factory=list)
     popularity: Indices = field(default_factory=lambda: NONE)
     names: int = 0
@@ -105,11 +106,11 @@ class Catalogue:
 
     def __init__(self, bundle: Bundle, search_index: ItemIndex) -> None:
         self.table = bundle.items
-        self.ids: list[str] = bundle.item_ids.tolist()
-        self.index = bundle.item_index
-        self.titles = self._padded(TITLE_COLUMNS)
-        self.categories = self._padded(CATEGORY_COLUMNS)
-        self.members = _members(self.categories)
+        self.ids: Sequence[str] = bundle.item_ids.tolist()
+        self.index: Any = bundle.item_index
+        self.titles: Sequence[Any] = self._padded(TITLE_COLUMNS)
+        self.categories: Sequence[Any] = self._padded(CATEGORY_COLUMNS)
+        self.members: Any = _members(self.categories)
         self.counts = bundle.counts
         self.by_popularity = bundle.popular
         self.search_index = search_index
@@ -147,17 +148,35 @@ class Catalogue:
         if not self.members:
             raise InputError(f"this bundle's items have no categories; {advice}")
 
+    def popularity(self, indices: Indices) -> NDArray[np.float64]:
+        """Return items' numbers of events."""
+        return self.counts[indices].astype(float)
+
+    def alive(self, indices: Indices) -> NDArray[np.bool_]:
+        """Return which of some items were not removed: all of them."""
+        return np.ones(len(indices), bool)
+
+    def added(self, item_ids: Iterable[str]) -> set[int]:
+        """Return the indices of those of some items that were added since: none."""
+        return set()
+
     def popular(self, k: int, out: Out, chosen: Filter) -> Hits:
         """Return the `k` items with most events, without `out`, and their numbers of events."""
         order = self.by_popularity if chosen.subset is None else chosen.by_popularity
         head = [i for i in order[: k + len(out)].tolist() if i not in out][:k]
-        return head, self.counts[head].astype(float).tolist()
+        return head, self.popularity(np.array(head, np.int64)).tolist()
+
+    @property
+    def feature_names(self) -> list[str]:
+        """Names of the item table's feature columns, without vectors."""
+        return [
+            f.name for f in self.table.schema if f.name not in NOT_FEATURES and not _is_vector(f)
+        ]
 
     def features(self, index: int) -> dict[str, Any]:
         """Return an item's feature columns by name, without its vectors."""
         row = self.table.slice(index - 1, 1)
-        shown = [f.name for f in row.schema if f.name not in NOT_FEATURES and not _is_vector(f)]
-        return {name: row[name][0].as_py() for name in shown}
+        return {name: row[name][0].as_py() for name in self.feature_names}
 
     def _filter(self, allow: Sequence[str] | None, deny: Sequence[str]) -> Filter:
         unknown = [name for name in (*(allow or ()), *deny) if name not in self.members]
@@ -175,7 +194,9 @@ class Catalogue:
         return np.flatnonzero(chosen)
 
 
-def _count(subset: Subset) -> int:
+def _count(subset: Subset | Within) -> int:
+    if isinstance(subset, Within):
+        return _count(subset.base)
     return len(subset.mask) if isinstance(subset, Masked) else len(subset.indices)
 
 

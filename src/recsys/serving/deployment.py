@@ -253,11 +253,11 @@ class Record:
             yield
 
 
-_LOADED: WeakValueDictionary[tuple[str, Identity], Engine] = WeakValueDictionary()
+_LOADED: WeakValueDictionary[tuple[str, str, Identity], Engine] = WeakValueDictionary()
 """Engines that somebody still holds, by where they came from and how the files looked."""
 
 
-def load_verified(path: Path | str) -> Engine:
+def load_verified(path: Path | str, device: str = "cpu") -> Engine:
     """Load the bundle at `path`, checked by its hashes and by its own stored answers.
 
     An engine of these very files that is in use already is returned again. Raises InputError
@@ -265,10 +265,10 @@ def load_verified(path: Path | str) -> Engine:
     """
     path = Path(path).resolve()
     try:
-        key = (str(path), _identity(path))
+        key = (str(path), device, _identity(path))
         if (loaded := _LOADED.get(key)) is not None:
             return loaded
-        engine = Engine.load(path)
+        engine = Engine.load(path, device=device)
         self_test(engine)
     except InputError:
         raise
@@ -312,11 +312,14 @@ def _near(left: float | None, right: float | None) -> bool:
 
 
 def _self_test_request(entry: dict[str, Any]) -> RecommendRequest:
-    times = entry["timestamps"] or [None] * len(entry["history"])
-    events = zip(entry["history"], entry["event_types"], times, strict=True)
+    nothing = [None] * len(entry["history"])
+    times, values = entry["timestamps"] or nothing, entry.get("values") or nothing
+    events = zip(entry["history"], entry["event_types"], times, values, strict=True)
     return RecommendRequest(
         user_id=entry["user_id"],
-        history=[HistoryEvent(item, kind, moment(time)) for item, kind, time in events],
+        history=[
+            HistoryEvent(item, kind, moment(time), value) for item, kind, time, value in events
+        ],
         k=len(entry["top"]),
         exclude_seen=False,
         now=moment(entry["now"]),

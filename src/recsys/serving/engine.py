@@ -6,23 +6,24 @@ Shapes: B requests that have a history, H interests, D dim, C candidates, K answ
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from recsys.history import OWN_RECENCY, Arrays, Histories, encode
-from recsys.index.bundle import Bundle
+from recsys.index.bundle import ENCODER, Bundle
 from recsys.index.search import Hits, ItemIndex
 from recsys.schema import InputError
 from recsys.serving.arranging import WITHIN, Arranged, arranged
 from recsys.serving.candidates import Popular, Queries, Reading, Retrieved, ignored
-from recsys.serving.catalogue import NONE, Catalogue, Indices, Kept
+from recsys.serving.catalogue import NONE, Catalogue, Indices
+from recsys.serving.delta import View
 from recsys.serving.graphs import ENCODED, check_inputs, open_graph
 from recsys.serving.log import Complaint
 from recsys.serving.messages import (
@@ -40,7 +41,6 @@ from recsys.serving.ranking import Asked, Ranker, Scored
 from recsys.serving.rules import (
     NO_RULES,
     WIDER,
-    Boost,
     boosted,
     in_order,
     rules_of,
@@ -53,9 +53,6 @@ if TYPE_CHECKING:
     from recsys.serving.state import UserPath
 
 __all__ = ["Engine", "UnknownItem", "event_times", "use_one_core"]
-
-BOOST_BYTES = 16 << 20
-"""Boosts resolved for earlier requests may take this much memory."""
 
 Arm = Literal["champion", "challenger"]
 
@@ -102,7 +99,8 @@ class Engine:
         self.search_index = index
         self.ranker = ranker
         self.catalogue = Catalogue(bundle, index)
-        self.boosts: Kept[Boost] = Kept(BOOST_BYTES)
+        self.base = View.of(self.catalogue, index)
+        self.space = str(bundle.manifest["files"][ENCODER]["sha256"])[:16]
         self.users = bundle.users
         self.version = bundle.version
         self.max_length = bundle.max_length
@@ -111,22 +109,38 @@ class Engine:
         self.has_time = bundle.has_time
         # Plain arrays over the mapped pages: slicing a numpy.memmap costs five times as much.
         self.events = {name: np.asarray(array) for name, array in bundle.events.items()}
-        self.norms = np.maximum(np.linalg.norm(bundle.vectors_ND, axis=1), 1e-12)
         self.draws = np.random.default_rng()
         self.warm = False
         self.complaint = Complaint("ranker_failed")
 
     @classmethod
-    def load(cls, path: Path | str, *, threads: int = 1, verify: bool = True) -> Engine:
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        threads: int = 1,
+        verify: bool = True,
+        device: str = "cpu",
+        ranked: bool = True,
+        exact: bool = False,
+    ) -> Engine:
         """Open, verify and warm the bundle at `path`; each graph's call uses `threads` cores.
 
-        Raises InputError where the bundle is damaged, or a graph of it reads something unknown.
+        Graphs run on `device`, where it can be used. Without `ranked` a ranker of the bundle is
+        left aside; `exact` scores every item in place of the bundle's index. Raises InputError
+        where the bundle is damaged, or a graph of it reads something unknown.
         """
         bundle = Bundle.open(path, verify=verify)
         check_inputs(bundle.encoder_path, bundle.encoder_inputs, ENCODED)
-        session = open_graph(bundle.encoder_path, threads)
-        index = ItemIndex.load(bundle.index_path, bundle.vectors_ND, bundle.manifest["index"])
-        engine = cls(bundle, session, index, Ranker.load(bundle, threads))
+        session = open_graph(bundle.encoder_path, threads, device)
+        vectors_ND, facts = bundle.vectors_ND, bundle.manifest["index"]
+        index = (
+            ItemIndex.exact(vectors_ND)
+            if exact
+            else ItemIndex.load(bundle.index_paths, vectors_ND, facts)
+        )
+        ranker = Ranker.load(bundle, threads, device) if ranked else None
+        engine = cls(bundle, session, index, ranker)
         engine.warm_up()
         return engine
 
@@ -146,21 +160,21 @@ class Engine:
         paths: Sequence[UserPath | None] | None = None,
         answer_ids: Sequence[str] | None = None,
         arm: Arm = "champion",
+        view: View | None = None,
     ) -> list[Answer]:
         """Answer each request; a batch gives the same items as one request at a time.
 
         paths: what each request's user did since the bundle was made, None where nothing is known;
         a request with a history of its own leaves it aside. answer_ids and arm go into the answers.
+        view: the items as they are now, where some were added or removed (`recsys.serving.delta`).
         Raises InputError where a request cannot be answered with this bundle.
         """
-        watch = Stopwatch()
+        watch, view = Stopwatch(), view or self.base
         given_paths = paths or [None] * len(requests)
-        readings = [self._read(*pair) for pair in zip(requests, given_paths, strict=True)]
+        readings = [self._read(*pair, view) for pair in zip(requests, given_paths, strict=True)]
         watch.lap("history")
-        sources = self._sources(readings, watch)
-        chosen = [self._chosen(source) for source in sources]
-        watch.lap("search" if self.ranker is None else "rank")
-        items = [self.catalogue.recommended(*one.items) for one in chosen]
+        chosen = self.choose(readings, watch)
+        items = [view.catalogue.recommended(*one.items) for one in chosen]
         watch.lap("answer")
         return [
             Answer(
@@ -178,15 +192,25 @@ class Engine:
             for row, reading in enumerate(readings)
         ]
 
-    def popular(self, request: RecommendRequest, path: UserPath | None = None) -> Answer:
+    def choose(self, readings: Sequence[Reading], watch: Stopwatch | None = None) -> list[Chosen]:
+        """Return the items of each request, as indices."""
+        watch = watch or Stopwatch()
+        sources = self._sources(readings, watch)
+        chosen = [self._chosen(source) for source in sources]
+        watch.lap("search" if self.ranker is None else "rank")
+        return chosen
+
+    def popular(
+        self, request: RecommendRequest, path: UserPath | None = None, view: View | None = None
+    ) -> Answer:
         """Answer with popular items whatever the history, by the request's filters and rules.
 
         For when the model cannot answer in time: some tens of microseconds, no graph is run, and
         the answer is neither diverse nor explores.
         """
-        watch = Stopwatch()
-        reading = self._read(replace(request, diversity=0.0, explore=0.0), path)
-        items = self.catalogue.recommended(*self._ruled(self._popular(reading)))
+        watch, view = Stopwatch(), view or self.base
+        reading = self._read(replace(request, diversity=0.0, explore=0.0), path, view)
+        items = view.catalogue.recommended(*self._ruled(self._popular(reading)))
         watch.lap("answer")
         return Answer(items, "popular", self.version, watch.stages, ignored=reading.ignored)
 
@@ -196,18 +220,19 @@ class Engine:
         path: UserPath | None = None,
         answer_id: str = "",
         arm: Arm = "champion",
+        view: View | None = None,
     ) -> RankAnswer:
-        """Order a caller's own items; `path` as in `recommend`.
+        """Order a caller's own items; `path` and `view` as in `recommend`.
 
         Raises InputError where the request cannot be answered, or the bundle knows no item of it.
         """
-        watch = Stopwatch()
-        reading, known = self._own(request, path)
+        watch, view = Stopwatch(), view or self.base
+        reading, known = self._own(view, request, path)
         watch.lap("history")
         source = self._source(reading)
         watch.lap("encode")
         scored, chooser, fallback = self._weighed(source, known)
-        items = _told(self.catalogue.ids, known, scored, self._tasks, request.k)
+        items = _told(view.catalogue.ids, known, scored, self._tasks, request.k)
         watch.lap("rank")
         return RankAnswer(
             items=items,
@@ -222,11 +247,13 @@ class Engine:
             path=reading.checksum,
         )
 
-    def as_given(self, request: RankRequest, path: UserPath | None = None) -> RankAnswer:
+    def as_given(
+        self, request: RankRequest, path: UserPath | None = None, view: View | None = None
+    ) -> RankAnswer:
         """Answer with a caller's own items in their order, for when ranking them took too long."""
-        watch = Stopwatch()
-        reading, known = self._own(request, path)
-        items = [RankedItem(self.catalogue.ids[item]) for item in known[: request.k].tolist()]
+        watch, view = Stopwatch(), view or self.base
+        reading, known = self._own(view, request, path)
+        items = [RankedItem(view.catalogue.ids[item]) for item in known[: request.k].tolist()]
         watch.lap("answer")
         return RankAnswer(items, "given", self.version, watch.stages, ignored=reading.ignored)
 
@@ -242,7 +269,7 @@ class Engine:
         Raises UnknownItem.
         """
         reading = self._read(request, path)
-        items = np.array([self._known(item_id) for item_id in item_ids], np.int64)
+        items = np.array([self._known(item_id, self.base) for item_id in item_ids], np.int64)
         source, boost = self._source(reading), reading.rules.boost
         scores_C = source.score(items).astype(float)
         if self.ranker is not None and self._ranks(source):
@@ -256,30 +283,33 @@ class Engine:
             return 0
         return len(since(stored(self.events, row), erased_before, self.has_time).items)
 
-    def similar(self, item_id: str, k: int = 10) -> SimilarAnswer:
+    def similar(self, item_id: str, k: int = 10, view: View | None = None) -> SimilarAnswer:
         """Return the `k` items whose vectors point most nearly the same way; scores are cosines.
 
         Compared exactly against all items. Raises UnknownItem.
         """
-        watch = Stopwatch()
-        row = self._known(item_id) - 1
-        vector_1D = self.bundle.vectors_ND[row : row + 1]
-        cosines_N = self.search_index.score_all(vector_1D)[1:] / (self.norms * self.norms[row])
+        watch, view = Stopwatch(), view or self.base
+        row = self._known(item_id, view) - 1
+        norms = np.maximum(view.index.norms, 1e-12)
+        scores_N = view.index.score_all(view.index.vectors_ND[np.array([row])])[1:]
+        cosines_N = scores_N / (norms * norms[row])
         cosines_N[row] = -np.inf
         best = _top(cosines_N, min(k, len(cosines_N) - 1))
+        best = best[cosines_N[best] > -np.inf]
         watch.lap("search")
-        items = self.catalogue.recommended((best + 1).tolist(), cosines_N[best].tolist())
+        items = view.catalogue.recommended((best + 1).tolist(), cosines_N[best].tolist())
         watch.lap("answer")
         return SimilarAnswer(item_id, items, self.version, watch.stages)
 
-    def item(self, item_id: str) -> ItemAnswer:
+    def item(self, item_id: str, view: View | None = None) -> ItemAnswer:
         """Return what the bundle knows about an item; raise UnknownItem."""
-        index = self._known(item_id)
-        count = int(self.catalogue.counts[index])
-        return ItemAnswer(item_id, count, self.catalogue.features(index), self.version)
+        catalogue = (view or self.base).catalogue
+        index = self._known(item_id, view or self.base)
+        count = int(catalogue.popularity(np.array([index]))[0])
+        return ItemAnswer(item_id, count, catalogue.features(index), self.version)
 
-    def _known(self, item_id: str) -> int:
-        index = self.catalogue.index.get(item_id)
+    def _known(self, item_id: str, view: View) -> int:
+        index: int | None = view.catalogue.index.get(item_id)
         if index is None:
             raise UnknownItem(f"bundle {self.version} has no item {item_id[:100]!r}")
         return index
@@ -288,32 +318,56 @@ class Engine:
         self,
         request: RecommendRequest,
         live: UserPath | None = None,
+        view: View | None = None,
         unknown_items: Sequence[str] = (),
     ) -> Reading:
+        view = view or self.base
         now = int(time.time() * 1000) if request.now is None else milliseconds(request.now)
         unknown = [*unknown_items]
         user, path = self._path(request, live, now, unknown)
-        if not self.has_time and len(path.times):
-            now = int(path.times[-1]) + 1
-        out = set(path.items.tolist()) if request.exclude_seen else set()
-        if request.exclude_items:
-            out.update(self._indices(request.exclude_items, unknown))
-        chosen = self.catalogue.filter(request.allow_categories, request.deny_categories)
-        rules = rules_of(request, self.catalogue, self.boosts)
-        requested, weights_T = self._asked_of_ranker(request, user, now)
-        return Reading(
-            path=path.last(self.reach),
-            out=out,
-            filter=chosen,
-            rules=rules,
-            user=user,
-            now=now,
-            recency=self._recency(request),
-            k=request.k,
-            ignored=ignored(unknown, chosen, rules),
-            requested=requested,
-            weights_T=weights_T,
-        )
+        added = view.catalogue.added(_named(request, live)) if request.exclude_seen else ()
+        return self.readings(request, [(user, path)], now, unknown, view, added)[0]
+
+    def readings(
+        self,
+        request: RecommendRequest,
+        people: Iterable[tuple[int, Trajectory]],
+        now: int,
+        unknown: list[str],
+        view: View | None = None,
+        seen: Iterable[int] = (),
+    ) -> list[Reading]:
+        """Resolve one request for people by their rows plus one, 0 for unknown, and their paths.
+
+        now: milliseconds. unknown: ids of items in it that the bundle does not have. seen: items
+        beside those of the path that are not to be recommended again.
+        Raises InputError where the request cannot be answered with this bundle.
+        """
+        view = view or self.base
+        excluded = {*seen, *_indices(view, request.exclude_items, unknown)}
+        chosen = view.catalogue.filter(request.allow_categories, request.deny_categories)
+        rules = rules_of(request, view.catalogue, view.boosts)
+        lacking, recency = ignored(unknown, chosen, rules), self._recency(request)
+        readings = []
+        for user, path in people:
+            at = now if self.has_time or not len(path.times) else int(path.times[-1]) + 1
+            requested, weights_T = self._asked_of_ranker(request, user, at)
+            reading = Reading(
+                view=view,
+                path=path.last(self.reach),
+                out={*excluded, *(path.items.tolist() if request.exclude_seen else ())},
+                filter=chosen,
+                rules=rules,
+                user=user,
+                now=at,
+                recency=recency,
+                k=request.k,
+                ignored=lacking,
+                requested=requested,
+                weights_T=weights_T,
+            )
+            readings.append(reading)
+        return readings
 
     def _asked_of_ranker(
         self, request: RecommendRequest, user: int, now: int
@@ -339,17 +393,17 @@ class Engine:
         return ranker.requested(user, request.context, now), ranker.weights(tasks)
 
     def _own(
-        self, request: RankRequest, path: UserPath | None
+        self, view: View, request: RankRequest, path: UserPath | None
     ) -> tuple[Reading, NDArray[np.int64]]:
         """Read a request with its own items; return it and those that the bundle knows."""
         unknown: list[str] = []
-        known = self._indices([*dict.fromkeys(request.items)], unknown)
+        known = _indices(view, [*dict.fromkeys(request.items)], unknown)
         if not known:
             raise InputError(
                 f"items: bundle {self.version} knows none of the {len(unknown)} given, such as "
                 f"{unknown[0][:60]!r}; expected ids of its items"
             )
-        reading = self._read(request.person(), path, unknown)
+        reading = self._read(request.person(), path, view, unknown)
         return reading, np.array(known, np.int64)
 
     def _path(
@@ -379,12 +433,6 @@ class Engine:
             )
         return recency
 
-    def _indices(self, item_ids: Sequence[str], unknown: list[str]) -> list[int]:
-        """Return the indices of known items; the others are added to `unknown`."""
-        index = self.catalogue.index
-        unknown += [item_id for item_id in item_ids if item_id not in index]
-        return [index[item_id] for item_id in item_ids if item_id in index]
-
     def _sources(self, readings: Sequence[Reading], watch: Stopwatch) -> list[Retrieved | Popular]:
         """Encode and search for those with a history; the others are shown what is popular."""
         modelled = [reading for reading in readings if len(reading.path.items)]
@@ -393,7 +441,7 @@ class Engine:
         watch.lap("encode")
         first = self._search(queries_BHD, modelled)
         found = iter(
-            Retrieved(reading, self.search_index, queries_HD, row, hits, self._width(reading))
+            Retrieved(reading, queries_HD, row, hits, self._width(reading))
             for reading, queries_HD, row, hits in zip(
                 modelled, queries_BHD, self._rows(modelled, arrays), first, strict=True
             )
@@ -409,13 +457,13 @@ class Engine:
         arrays = self._arrays([reading])
         row = self._rows([reading], arrays)[0]
         queries_HD = self._encode(arrays, 1)[0]
-        return Retrieved(reading, self.search_index, queries_HD, row, ([], []), 0)
+        return Retrieved(reading, queries_HD, row, ([], []), 0)
 
     def _popular(self, reading: Reading) -> Popular:
         shape = int(self.bundle.manifest["interests"]), self.bundle.vectors_ND.shape[1]
         arrays = self._arrays([reading]) if self.ranker and self.ranker.encoded else {}
         queries_HD, width = np.zeros(shape, np.float32), self._width(reading)
-        return Popular(reading, self.catalogue, queries_HD, arrays, width)
+        return Popular(reading, queries_HD, arrays, width)
 
     def _rows(self, readings: Sequence[Reading], arrays: Arrays) -> list[Arrays]:
         """Return of each request what its ranker reads of the encoded history, if there is one."""
@@ -452,7 +500,8 @@ class Engine:
         found: dict[int, Hits] = {}
         for (width, _), rows in groups.items():
             outs, subset = [readings[row].out for row in rows], readings[rows[0]].filter.subset
-            hits = self.search_index.nearest(queries_BHD[rows], width, outs, subset)
+            index: Any = readings[rows[0]].view.index
+            hits = index.nearest(queries_BHD[rows], width, outs, subset)
             found.update(zip(rows, hits, strict=True))
         return [found[row] for row in range(len(readings))]
 
@@ -510,7 +559,8 @@ class Engine:
         return until_enough(source.width, reading.k, attempt)
 
     def _arranged(self, ranked: Hits, reading: Reading) -> Arranged:
-        categories, vectors_ND = self.catalogue.categories, self.search_index.vectors_ND
+        view = reading.view
+        categories, vectors_ND = view.catalogue.categories, view.index.vectors_ND
         return arranged(ranked, reading.k, reading.rules, categories, vectors_ND, self.draws)
 
     def _rescored(
@@ -542,7 +592,7 @@ class Engine:
         path = reading.path.last(ranker.max_length)
         asked = Asked(known, path, reading.now, reading.weights_T)
         found_C = source.retrieval(items) if retrieval_C is None else retrieval_C
-        return ranker.scores(asked, items, self.search_index.vectors_ND, found_C)
+        return ranker.scores(asked, items, reading.view.index.vectors_ND, found_C)
 
     def _weighed(
         self, source: Retrieved | Popular, items: NDArray[np.int64]
@@ -564,6 +614,21 @@ class Engine:
     @property
     def _tasks(self) -> tuple[str, ...]:
         return () if self.ranker is None else self.ranker.tasks
+
+
+def _named(request: RecommendRequest, live: UserPath | None) -> Iterator[str]:
+    """Yield the items that a person did something with, as far as no bundle tells."""
+    if not request.history:
+        yield from live.items if live else ()
+    for event in request.history or ():
+        yield event if isinstance(event, str) else event.item_id
+
+
+def _indices(view: View, item_ids: Sequence[str], unknown: list[str]) -> list[int]:
+    """Return the indices of known items; the others are added to `unknown`."""
+    found = [view.catalogue.index.get(item_id) for item_id in item_ids]
+    unknown += [i for i, index in zip(item_ids, found, strict=True) if index is None]
+    return [index for index in found if index is not None]
 
 
 def use_one_core() -> None:

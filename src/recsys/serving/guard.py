@@ -24,8 +24,9 @@ from urllib.parse import unquote_plus
 
 from recsys.schema import InputError, suggestion
 
-SCOPES = ("read", "events", "admin")
-"""read: ask; events: post what people did; admin: see and erase a person, change what is served."""
+SCOPES = ("read", "events", "items", "admin")
+"""read: ask; events: post what people did; items: add and remove items; admin: see and erase a
+person, change what is served."""
 VARIABLE = "RECSYS_API_KEYS"
 SHORTEST = 16
 """Characters that a secret has at least."""

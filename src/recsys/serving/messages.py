@@ -46,11 +46,12 @@ Context = Annotated[
 
 
 class HistoryEvent(Struct, frozen=True, forbid_unknown_fields=True):
-    """One thing that a person did with an item."""
+    """One thing that a person did with an item; `value` as in an event that is posted."""
 
     item_id: Id
     event_type: EventType = "view"
     timestamp: Moment | None = None
+    value: float | None = None
 
     def __post_init__(self) -> None:
         if self.timestamp is not None:

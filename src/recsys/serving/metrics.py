@@ -56,6 +56,10 @@ class Metrics:
         about = "Connections and requests refused before they reached a route"
         self.refused = count("connections_refused", about, "reason")
         self.outbox = gauge("outbox_events", "Accepted events that wait for the log", "livemax")
+        about = "Items beside the champion's index: added since it was made"
+        self.items_added = gauge("items_added", about, "livemax")
+        about = "Items of the champion's that were removed since it was made"
+        self.items_removed = gauge("items_removed", about, "livemax")
         self.in_flight = gauge("in_flight", "Requests being answered", "livesum")
         about = "Workers that answer with this bundle"
         self.bundle = gauge("bundle", about, "livesum", "version", "model", "arm")

@@ -12,6 +12,14 @@ import msgspec
 from recsys import __version__
 from recsys.serving import messages
 from recsys.serving.admin import ADMIN
+from recsys.serving.item_messages import (
+    MAX_LISTED,
+    ItemAdded,
+    ItemRemoved,
+    ItemsAnswer,
+    NewItem,
+    PrunedAnswer,
+)
 from recsys.serving.messages import (
     AnswerBatch,
     ErasedAnswer,
@@ -39,7 +47,7 @@ REFUSED = {
     413: "The body is larger than the server takes",
     422: "A field is missing, misspelt, or out of its range",
     429: "Too many requests wait, or this key asks too often; see Retry-After",
-    503: "The store of users' paths is not available; nothing was kept",
+    503: "The store of users' paths and of items is not available; nothing was kept",
 }
 ALWAYS = (400, 401, 403, 429)
 """What any route may answer that is not open to all."""
@@ -56,6 +64,11 @@ _STRUCTS = (
     EventsAnswer,
     UserAnswer,
     ErasedAnswer,
+    NewItem,
+    ItemAdded,
+    ItemRemoved,
+    ItemsAnswer,
+    PrunedAnswer,
     *dict.fromkeys(struct for route in ADMIN for struct in (route.answer, route.body) if struct),
     Status,
     ErrorAnswer,
@@ -68,6 +81,20 @@ _K = {
     "description": "How many items to answer with",
     "schema": {"type": "integer", "minimum": 1, "maximum": messages.MAX_K, "default": 10},
 }
+_PAGE = [
+    {
+        "name": name,
+        "in": "query",
+        "required": False,
+        "description": about,
+        "schema": {"type": "integer", "minimum": least, "default": default, **more},
+    }
+    for name, about, least, default, more in (
+        ("after", "Changes with larger numbers only", 0, 0, {}),
+        ("limit", "How many at most", 1, 1_000, {"maximum": MAX_LISTED}),
+    )
+]
+NEW = {"item_id": "i99", "like": ["i7", "i9"], "features": {"title": "A new one"}}
 EXAMPLE = {
     "history": ["i1", {"item_id": "i2", "event_type": "cart", "timestamp": "2025-03-01T12:30:00Z"}],
     "k": 5,
@@ -104,15 +131,21 @@ def _paths() -> Json:
     erased = _operation("Forget a person", ErasedAnswer, 404, 503, parameters=user)
     similar = _operation("Items like one item", SimilarAnswer, 404, 422, parameters=[*item, _K])
     known = _operation("What is known about an item", ItemAnswer, 404, parameters=item)
+    added = _posted("Add an item", ItemAdded, _body(NewItem, NEW), 404, 503)
+    removed = _operation("Remove an item", ItemRemoved, 404, 503, parameters=item)
+    changes = _operation("Added and removed items", ItemsAnswer, 404, 422, 503, parameters=_PAGE)
+    pruned = _operation("Forget changes of items that mean nothing now", PrunedAnswer, 404, 503)
     return {
         "/v1/recommend": {"post": _posted("Recommend items", messages.Answer, ask)},
         "/v1/recommend/batch": {"post": _posted("Recommend to several", AnswerBatch, batch)},
         "/v1/rank": {"post": _posted("Rank your own items", RankAnswer, ranked)},
         "/v1/similar/{item_id}": {"get": similar},
-        "/v1/items/{item_id}": {"get": known},
+        "/v1/items/{item_id}": {"get": known, "delete": removed},
+        "/v1/items": {"get": changes, "post": added},
         "/v1/events": {"post": _posted("Events happened", EventsAnswer, _events(), 404, 409, 503)},
         "/v1/users/{user_id}": {"get": kept, "delete": erased},
         **_admin(),
+        "/admin/items/prune": {"post": pruned},
         "/metrics": {"get": _metrics()},
         "/healthz": {"get": _open("Whether the process lives")},
         "/readyz": {"get": _open("Whether it takes requests", 503)},

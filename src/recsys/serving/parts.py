@@ -135,7 +135,7 @@ def write_part(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int
     then nothing has changed.
     """
     scratch = path.with_name(path.name + SCRATCH)
-    rows = _written(scratch, tables, schema)
+    rows = written(scratch, tables, schema)
     if rows:
         scratch.replace(path)
     else:
@@ -145,7 +145,8 @@ def write_part(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int
     return rows
 
 
-def _written(scratch: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
+def written(scratch: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
+    """Write tables as one Parquet file, on the disk when this returns, else gone; return rows."""
     rows = 0
     try:
         with pq.ParquetWriter(scratch, schema, compression="zstd") as writer:
@@ -199,7 +200,7 @@ def merged(log_dir: Path, kind: str) -> bool:
             return False
         name = _joint_name(kind, parts)
         scratch = folder / (name + SCRATCH)
-        _written(scratch, (table for part in parts for table in read_part(part)), KINDS[kind])
+        written(scratch, (table for part in parts for table in read_part(part)), KINDS[kind])
         plan = {"scratch": scratch.name, "name": name, "parts": [part.name for part in parts]}
         _decide(folder / PLAN, plan)
         _carry_out(folder, plan)

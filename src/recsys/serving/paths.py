@@ -22,29 +22,33 @@ Times = NDArray[np.int64]
 
 
 class Trajectory(NamedTuple):
-    """Events of one user, oldest first: item indices, type codes, milliseconds."""
+    """Events of one user, oldest first: item indices, type codes, milliseconds, values or NaN."""
 
     items: NDArray[np.integer]
     types: NDArray[np.integer]
     times: Times
+    values: NDArray[np.floating]
 
     def last(self, count: int) -> Trajectory:
         """Return the newest `count` events."""
-        return Trajectory(self.items[-count:], self.types[-count:], self.times[-count:])
+        return self.at(slice(-count, None))
 
     def at(self, events: slice | NDArray[np.integer] | NDArray[np.bool_]) -> Trajectory:
         """Return some of the events."""
-        return Trajectory(self.items[events], self.types[events], self.times[events])
+        items, types, times, values = self
+        return Trajectory(items[events], types[events], times[events], values[events])
 
 
-EMPTY = Trajectory(*np.zeros((3, 0), np.int64))
+NONE = np.zeros(0, np.int64)
+EMPTY = Trajectory(NONE, NONE, NONE, np.zeros(0, np.float32))
 
 
 def stored(events: Mapping[str, NDArray[Any]], row: int) -> Trajectory:
     """Return what a bundle's `events` hold of user `row`."""
     start, end = events["offsets"][row : row + 2].tolist()
     items, types, times = (events[name][start:end] for name in ("items", "types", "times"))
-    return Trajectory(items, types, times)
+    values = events["values"][start:end] if "values" in events else _no_values(len(items))
+    return Trajectory(items, types, times, values)
 
 
 def since(path: Trajectory, erased_before: int, has_time: bool) -> Trajectory:
@@ -52,7 +56,7 @@ def since(path: Trajectory, erased_before: int, has_time: bool) -> Trajectory:
 
     Where times are only an order, nothing says what came later: all of it is left out.
 
-    >>> path = Trajectory(*np.array([[7, 8], [1, 1], [1000, 2000]]))
+    >>> path = Trajectory(*np.array([[7, 8], [1, 1], [1000, 2000], [30, 40]]))
     >>> since(path, 1000, True).items, len(since(path, 1000, False).items)
     (array([8]), 0)
     """
@@ -100,7 +104,8 @@ def given(
         unknown += [event.item_id for event in events if event.item_id not in index]
     items = np.array([index[event.item_id] for event in known], np.int64)
     types = np.array([TYPE_CODES[event.event_type] for event in known], np.int64)
-    path = Trajectory(items, types, event_times(known, now))
+    values = np.array([event.value for event in known], np.float32)
+    path = Trajectory(items, types, event_times(known, now), values)
     if (path.times[1:] < path.times[:-1]).any():
         path = path.at(np.argsort(path.times, kind="stable"))
     return path if has_time else path._replace(times=np.arange(len(known), dtype=np.int64))
@@ -127,7 +132,8 @@ def event_times(events: Sequence[HistoryEvent], now: int) -> Times:
 
 def _posted(live: UserPath, index: Mapping[str, int]) -> Trajectory:
     items = [index.get(item, PAD) for item in live.items]
-    path = Trajectory(*(np.array(part, np.int64) for part in (items, live.types, live.times)))
+    codes, times = np.array(live.types, np.int64), np.array(live.times, np.int64)
+    path = Trajectory(np.array(items, np.int64), codes, times, np.array(live.values, np.float32))
     return path.at(path.items != PAD) if PAD in items else path
 
 
@@ -136,4 +142,8 @@ def _after(path: Trajectory, later: Trajectory) -> Trajectory:
 
 
 def _triples(path: Trajectory) -> list[tuple[int, int, int]]:
-    return list(zip(*(part.tolist() for part in path), strict=True))
+    return list(zip(*(part.tolist() for part in path[:3]), strict=True))
+
+
+def _no_values(count: int) -> NDArray[np.float32]:
+    return np.full(count, np.nan, np.float32)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from recsys.features import Features, ItemTable, gather
 from recsys.history import Arrays, Histories
 from recsys.index.bundle import FEATURES, Bundle
-from recsys.schema import InputError, suggestion
+from recsys.index.delta import Rows
+from recsys.schema import PAD, InputError, suggestion
 from recsys.serving.graphs import ENCODED, check_inputs, open_graph
 from recsys.serving.paths import Trajectory
 
@@ -112,9 +113,10 @@ class Ranker:
     tasks: tuple[str, ...]
     blend_T: NDArray[np.float64]
     encoded: Encoded | None
+    num_items: int
 
     @classmethod
-    def load(cls, bundle: Bundle, threads: int = 1) -> Ranker | None:
+    def load(cls, bundle: Bundle, threads: int = 1, device: str = "cpu") -> Ranker | None:
         """Open the ranker of a bundle that has one.
 
         Raises InputError where its manifest's entry, its graph and its tables do not agree with
@@ -131,9 +133,9 @@ class Ranker:
                 f"{bundle.path}: its ranker reads {', '.join(without)}, which {FEATURES} says how "
                 "to make, and that is not there; export the bundle again"
             )
-        session = open_graph(bundle.ranker_path, threads)
+        session = open_graph(bundle.ranker_path, threads, device)
         _check_graph(bundle, session, inputs, PROBABILITIES if tasks else SCORES)
-        return cls(session, inputs, candidates, length, tasks, blend_T, encoded)
+        return cls(session, inputs, candidates, length, tasks, blend_T, encoded, bundle.num_items)
 
     def weights(self, given: Mapping[str, float]) -> NDArray[np.float64]:
         """Return each task's weight [T]: the bundle's own, or the request's in their place.
@@ -162,22 +164,24 @@ class Ranker:
         self,
         asked: Asked,
         candidates_C: NDArray[np.int64],
-        vectors_ND: NDArray[np.float32],
+        vectors_ND: NDArray[np.float32] | Rows,
         retrieval_C: NDArray[np.floating],
     ) -> Scored:
         """Return what the graph says of one request's candidates; vectors_ND: of all items.
 
+        Of items that were added since, it reads the vector alone, and else what is unknown.
         Raises FloatingPointError where that is not finite, and what the graph itself raises.
         """
+        known_C = np.where(candidates_C > self.num_items, PAD, candidates_C)
         found = {
-            "candidates": candidates_C[None],
+            "candidates": known_C[None],
             "retrieval_scores": retrieval_C[None].astype(np.float32),
         }
         if "candidate_vectors" in self.inputs:
             found["candidate_vectors"] = vectors_ND[candidates_C - 1][None]
         if self.encoded is not None:
             crossed = "cross_numbers" in self.inputs
-            found |= self.encoded.shown(asked, candidates_C, crossed)
+            found |= self.encoded.shown(asked, known_C, crossed)
         given = {name: found[name] if name in found else asked.arrays[name] for name in self.inputs}
         output = PROBABILITIES if self.tasks else SCORES
         answered = np.asarray(self.session.run([output], given)[0][0])

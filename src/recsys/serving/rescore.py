@@ -153,5 +153,6 @@ def _path(events: Sequence[Row], erased_before: int, max_events: int) -> UserPat
         [event["item_id"] for event in newest],
         [type_code(event["event_type"]) for event in newest],
         [event["timestamp"] for event in newest],
+        [event["value"] for event in newest],
         erased_before,
     )

@@ -20,10 +20,12 @@ import structlog
 from recsys.schema import InputError
 from recsys.serving import metrics
 from recsys.serving.asgi import Request
+from recsys.serving.delta import View
 from recsys.serving.deployment import Deployer, Roster
 from recsys.serving.engine import Engine, use_one_core
 from recsys.serving.guard import Guard, Keys, Refusal
 from recsys.serving.intake import Clock, Intake
+from recsys.serving.item_feed import ItemFeed
 from recsys.serving.lanes import Lanes
 from recsys.serving.log import AnswerJournal, LoggedAnswer, Shipper, erase
 from recsys.serving.messages import (
@@ -31,10 +33,12 @@ from recsys.serving.messages import (
     Arm,
     Event,
     EventsAnswer,
+    ItemAnswer,
     RankAnswer,
     RankRequest,
     Recommended,
     RecommendRequest,
+    SimilarAnswer,
     milliseconds,
 )
 from recsys.serving.protocol import Patience
@@ -113,6 +117,7 @@ class Service:
         self.lanes: Lanes[Job, list[Given]] = Lanes(
             self._answer, settings.threads, TOGETHER, "engine", use_one_core
         )
+        self.items = ItemFeed(state.items if state else None)
         self.intake = Intake(state, settings.keep_days, self.clock) if state else None
         self.aside = ThreadPoolExecutor(2, "aside", initializer=use_one_core)
         self.stopping = False
@@ -204,6 +209,14 @@ class Service:
         """Call something rare or slow beside the lanes."""
         return await asyncio.get_running_loop().run_in_executor(self.aside, work, *inputs)
 
+    def similar(self, item_id: str, k: int) -> SimilarAnswer:
+        """Return the items nearest to one; raise UnknownItem."""
+        return self.engine.similar(item_id, k, self.items.view(self.engine))
+
+    def item(self, item_id: str) -> ItemAnswer:
+        """Return what is known about an item; raise UnknownItem."""
+        return self.engine.item(item_id, self.items.view(self.engine))
+
     def users(self) -> UserState:
         """Return the users' paths, or raise NoState."""
         return self._need(self.state)
@@ -227,6 +240,9 @@ class Service:
             with suppress(StateUnavailable):
                 self.metrics.outbox.set(self.state.backlog())
                 self.erased = dict(self.state.erased())
+        delta = self.items.delta(self.engine)
+        self.metrics.items_added.set(len(delta.ids))
+        self.metrics.items_removed.set(delta.gone.count if delta.gone else 0)
 
     def close(self) -> None:
         """End the threads, after what waits; the parts given from outside stay open."""
@@ -277,14 +293,16 @@ class Service:
         if arm == "challenger" and roster.challenger:
             try:
                 ids = [new_answer_id(arm, roster.trial) for _ in requests]
-                return answered(roster.challenger, requests, paths, ids, arm)
+                view = self.items.view(roster.challenger)
+                return answered(roster.challenger, requests, paths, ids, arm, view)
             except InputError:
                 raise
             except Exception as error:
                 self.trial.failed(arm)
                 log.exception("challenger_failed", error=type(error).__name__)
         ids = [new_answer_id("champion", roster.trial) for _ in requests]
-        return answered(roster.champion, requests, paths, ids, "champion")
+        view = self.items.view(roster.champion)
+        return answered(roster.champion, requests, paths, ids, "champion", view)
 
     def _path(self, request: Asked) -> UserPath | None:
         """Return what a user did of late; with a history of its own only its erasure counts.
@@ -298,7 +316,7 @@ class Service:
         except StateUnavailable as error:
             self.metrics.state_errors.inc()
             log.warning("state_unavailable", reason=str(error))
-            return UserPath([], [], [], self.erased.get(user_hash(request.user_id), 0))
+            return UserPath([], [], [], [], self.erased.get(user_hash(request.user_id), 0))
 
     def _popular(
         self, roster: Roster, arms: Sequence[Arm], requests: Sequence[Asked]
@@ -309,17 +327,18 @@ class Service:
     def _instead(self, roster: Roster, arm: Arm, request: Asked) -> Given:
         engine = (roster.challenger if arm == "challenger" else None) or roster.champion
         answer: Given
+        asked = self._path(request), self.items.view(engine)
         if isinstance(request, RankRequest):
-            answer = engine.as_given(request, self._path(request))
+            answer = engine.as_given(request, *asked)
         else:
-            answer = engine.popular(request, self._path(request))
+            answer = engine.popular(request, *asked)
         facts = {"arm": arm, "answer_id": new_answer_id(arm, roster.trial), "fallback": "deadline"}
         return msgspec.structs.replace(answer, **facts)
 
     def _ask(self, engine: Engine, request: RecommendRequest) -> Answer:
         """Answer as a challenger would, without exploring; what the trial compares in shadow."""
         plain = msgspec.structs.replace(request, explore=0.0)
-        return engine.recommend([plain], [self._path(request)])[0]
+        return engine.recommend([plain], [self._path(request)], view=self.items.view(engine))[0]
 
     def _count(self, requests: Sequence[Asked], answers: Sequence[Given], seconds: float) -> None:
         self.metrics.answered(answers)
@@ -336,18 +355,20 @@ def answered(
     paths: Sequence[UserPath | None],
     ids: Sequence[str],
     arm: Arm,
+    view: View,
 ) -> list[Given]:
     """Return an engine's answers: recommendations as one batch, rankings one by one."""
     found: dict[int, Given] = {}
     plain: dict[int, RecommendRequest] = {}
     for place, request in enumerate(requests):
         if isinstance(request, RankRequest):
-            found[place] = engine.rank(request, paths[place], ids[place], arm)
+            found[place] = engine.rank(request, paths[place], ids[place], arm, view)
         else:
             plain[place] = request
     if plain:
         theirs = [paths[place] for place in plain], [ids[place] for place in plain]
-        found.update(zip(plain, engine.recommend([*plain.values()], *theirs, arm), strict=True))
+        answers = engine.recommend([*plain.values()], *theirs, arm, view)
+        found.update(zip(plain, answers, strict=True))
     return [found[place] for place in range(len(requests))]
 
 

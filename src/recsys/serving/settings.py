@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from recsys.schema import InputError
+from recsys.schema import InputError, suggestion
 
 MAX_K = 1_000
 MAX_HISTORY = 100_000
@@ -33,6 +33,7 @@ LIMITS = {
     "watch_seconds": (1, 86_400),
 }
 """Smallest and largest value of each number."""
+DEVICES = ("cpu", "cuda", "tensorrt")
 ALIAS = re.compile(r"models:/[^/@]+@[^/@]+")
 
 
@@ -54,6 +55,7 @@ class ServeSettings:
     port: int = _set(8000, "0 takes any free one")
     workers: int = _set(1, "processes that answer, each loading the bundle")
     threads: int = _set(2, "of each worker, beside its event loop, each computing on one core")
+    device: str = _set("cpu", "that the graphs run on: cpu, cuda or tensorrt")
     queue: int = _set(16, "requests that may wait in a worker; further ones get 429")
     deadline_ms: int = _set(1_000, "an answer that takes longer is the popular items instead")
     explore: float = _set(0.0, "share of places, 0 to 1, given to items drawn from further down")
@@ -87,6 +89,11 @@ class ServeSettings:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise InputError(f"{name}={value} is out of range; expected {low} to {high}")
+        if self.device not in DEVICES:
+            raise InputError(
+                f"device={self.device!r} is unknown; expected one of {', '.join(DEVICES)}"
+                + suggestion(self.device, DEVICES)
+            )
         if bool(self.tls_cert) != bool(self.tls_key):
             raise InputError("tls_cert and tls_key go together: give both, or neither")
         if self.watch and not ALIAS.fullmatch(self.watch):
@@ -96,13 +103,13 @@ class ServeSettings:
             )
 
 
-def flags() -> list[tuple[str, dict[str, Any]]]:
+def flags(settings: type = ServeSettings) -> list[tuple[str, dict[str, Any]]]:
     """Return each setting as a command's flag: name, and what argparse needs to know.
 
     >>> dict(flags())["--port"]["help"]
     '0 takes any free one (default 8000)'
     """
-    return [("--" + f.name.replace("_", "-"), _argument(f)) for f in fields(ServeSettings)]
+    return [("--" + f.name.replace("_", "-"), _argument(f)) for f in fields(settings)]
 
 
 def _argument(setting: Any) -> dict[str, Any]:
@@ -110,6 +117,8 @@ def _argument(setting: Any) -> dict[str, Any]:
 
     default, about = setting.default, setting.metadata["about"]
     shown = f"{about} (default {default})" if isinstance(default, int | str) and default else about
+    if default is None:
+        return {"action": argparse.BooleanOptionalAction, "default": None, "help": about}
     if isinstance(default, bool):
         kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": None}
         return {**kind, "help": f"{about} (default {'on' if default else 'off'})"}

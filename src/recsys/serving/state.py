@@ -12,13 +12,16 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from recsys.schema import EVENT_TYPES, InputError, suggestion, type_code
 
-FORMAT = b"1"
+if TYPE_CHECKING:
+    from recsys.serving.item_log import ItemLog
+
+FORMAT = b"2"
 """Version of what a store holds; a store of another version is refused."""
 SCHEMES = ("lmdb", "redis", "rediss", "unix")
 FOREVER = 0
@@ -47,7 +50,7 @@ class LoggedEvent(msgspec.Struct, frozen=True, array_like=True):
 
 
 class UserPath(NamedTuple):
-    """What a model reads of a user, oldest first: item ids, event type codes, milliseconds.
+    """What a model reads of a user, oldest first: item ids, type codes, milliseconds, values.
 
     No event from before `erased_before` is of this user any more (0: nothing was ever erased).
     """
@@ -55,6 +58,7 @@ class UserPath(NamedTuple):
     items: list[str]
     types: list[int]
     times: list[int]
+    values: list[float | None]
     erased_before: int
 
 
@@ -78,6 +82,10 @@ class UserState(Protocol):
 
     Every method raises StateUnavailable where the store does not answer, and may be called again.
     """
+
+    @property
+    def items(self) -> ItemLog:
+        """The items that were added and removed: kept in the same place."""
 
     def append(self, events: Sequence[LoggedEvent]) -> list[Outcome]:
         """Take events, all or none; they are durable when this returns what became of each.
@@ -166,7 +174,7 @@ def other_format(where: str, met: bytes) -> InputError:
     """Return the error for a store that another version of this package wrote.
 
     >>> print(other_format("state", b"7"))
-    state: holds format 7, this version reads format 1; serve it with the version of recsys that \
+    state: holds format 7, this version reads format 2; serve it with the version of recsys that \
 wrote it, or set `state` to another place to begin anew
     """
     return InputError(
@@ -196,6 +204,7 @@ class Path(msgspec.Struct, array_like=True, gc=False):
     items: list[str]
     types: bytes
     times: list[int]
+    values: list[float | None]
 
 
 class Details(msgspec.Struct, array_like=True, gc=False):
@@ -203,7 +212,6 @@ class Details(msgspec.Struct, array_like=True, gc=False):
 
     ids: list[str]
     received: list[int]
-    values: list[float | None]
     answers: list[str | None]
     floor: int
 
@@ -235,10 +243,10 @@ class Bounds:
     def shown(self, path: Path | None, erased_before: int) -> UserPath:
         """Return what a model may read of a path."""
         if path is None:
-            return UserPath([], [], [], erased_before)
-        if start := self.start(path.times):
-            path.items, path.times = path.items[start:], path.times[start:]
-        return UserPath(path.items, list(path.types[start:]), path.times, erased_before)
+            return UserPath([], [], [], [], erased_before)
+        kept = slice(self.start(path.times), None)
+        types = list(path.types[kept])
+        return UserPath(path.items[kept], types, path.times[kept], path.values[kept], erased_before)
 
 
 class Trail:
@@ -248,11 +256,11 @@ class Trail:
     """
 
     def __init__(self, path: Path | None, details: Details | None, erased_before: int) -> None:
-        path = path or Path([], b"", [])
-        details = details or Details([], [], [], [], 0)
+        path = path or Path([], b"", [], [])
+        details = details or Details([], [], [], 0)
         self.items, self.types, self.times = path.items, bytearray(path.types), path.times
-        self.ids, self.received = details.ids, details.received
-        self.values, self.answers = details.values, details.answers
+        self.values, self.ids = path.values, details.ids
+        self.received, self.answers = details.received, details.answers
         self.floor, self.changed = max(details.floor, erased_before), False
 
     @classmethod
@@ -267,8 +275,8 @@ class Trail:
     def packed(self) -> tuple[bytes, bytes]:
         """Encode the two parts of the record."""
         return (
-            encode(Path(self.items, bytes(self.types), self.times)),
-            encode(Details(self.ids, self.received, self.values, self.answers, self.floor)),
+            encode(Path(self.items, bytes(self.types), self.times, self.values)),
+            encode(Details(self.ids, self.received, self.answers, self.floor)),
         )
 
     def add(self, event: LoggedEvent, max_events: int) -> Outcome:

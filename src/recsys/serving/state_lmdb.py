@@ -19,6 +19,7 @@ import lmdb
 import msgspec
 
 from recsys.schema import InputError
+from recsys.serving.item_log_lmdb import LmdbItemLog
 from recsys.serving.state import (
     FORMAT,
     NOTHING,
@@ -47,7 +48,7 @@ CHECK_SECONDS = 60.0
 """How often the read slots of killed processes are given back."""
 SWEEP = 512
 """Users whose records one transaction of `expire` rewrites: appends wait no longer than that."""
-NAMES = (b"paths", b"details", b"outbox", b"erased", b"meta")
+NAMES = (b"paths", b"details", b"outbox", b"erased", b"changes", b"numbers", b"meta")
 COUNTER = b"next"
 FAILURES = (lmdb.Error, msgspec.DecodeError)
 
@@ -110,7 +111,9 @@ class LmdbState:
         self._opened: Opened | None = Opened.at(self.folder, sync, map_bytes)
         self._env = self._opened.env
         dbs = self._opened.dbs
-        self._paths, self._details, self._outbox, self._erased, self._meta = map(dbs.get, NAMES)
+        self._paths, self._details, self._outbox, self._erased = map(dbs.get, NAMES[:4])
+        changes, numbers, self._meta = map(dbs.get, NAMES[4:])
+        self.items = LmdbItemLog(self._reading, self._writing, changes, numbers, self._meta)
 
     def append(self, events: Sequence[LoggedEvent]) -> list[Outcome]:
         """Take events in one transaction; they are durable, if `sync`, when this returns."""

@@ -22,6 +22,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from recsys.schema import InputError, suggestion
+from recsys.serving.item_log_redis import RedisItemLog
 from recsys.serving.state import (
     FORMAT,
     NOTHING,
@@ -142,6 +143,7 @@ class RedisState:
         self._write, self._erase, self._tidy = map(
             self._redis.register_script, (WRITE, ERASE, TIDY)
         )
+        self.items = RedisItemLog(self._redis, self._available, self.prefix)
         self.consumer = f"{socket.gethostname()}-{os.getpid()}-{token_hex(4)}"
         try:
             self._begin(sync)

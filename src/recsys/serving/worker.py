@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import uvicorn
 from recsys.artifacts import Workspace
 from recsys.serving.accepting import Acceptor
 from recsys.serving.app import App
-from recsys.serving.deployment import Deployer, Record
+from recsys.serving.deployment import Deployer, Record, load_verified
 from recsys.serving.guard import Guard, Keys, RateLimit
 from recsys.serving.http import MORE_SECONDS, home, log_json
 from recsys.serving.kafka import KafkaSink
@@ -59,7 +60,7 @@ def running(
     # Where the start names the same bundle as the last one did, what was deployed since stands.
     Record(folder).begin(Path(settings.bundle))
     with ExitStack() as stack:
-        deployer = Deployer(folder)
+        deployer = Deployer(folder, load=partial(load_verified, device=settings.device))
         stack.callback(deployer.close)
         state = _state(settings, folder)
         stack.callback(state.close)

@@ -24,6 +24,7 @@ from recsys.evaluation.scorers import ModelScorer
 from recsys.schema import InputError
 from recsys.training.checkpoints import Bookmark
 from recsys.training.memory import peak_memory_gib
+from recsys.training.processes import EndAtOnce
 
 EPOCH_KS = (10, 20, 100)
 """Cut-offs of each epoch's figures; the test at the end has all."""
@@ -66,6 +67,7 @@ class Validation(Callback):
         }
         if self.averaging:
             self.averaging.on_validation_epoch_start(trainer, module)
+        module.before_validation()
         module.model.eval()
         figures |= {f"validation/{k}": v for k, v in self.measure(module).items()}
         module.model.train()
@@ -126,6 +128,7 @@ class FullRanking(Validation):
             exclude_seen=self.exclude_seen,
             ks=EPOCH_KS,
             details=False,
+            shared=True,
         )
         return {name: value for name, value in result.metrics.items() if "/" not in name}
 
@@ -157,7 +160,7 @@ def callbacks(
         enable_version_counter=False,
         save_on_train_epoch_end=True,
     )
-    wanted: list[Callback] = [validation, bookmark, checkpoint]
+    wanted: list[Callback] = [EndAtOnce(), validation, bookmark, checkpoint]
     if validation.averaging:
         wanted.insert(0, validation.averaging)
     if patience:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,9 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from recsys import peers
 from recsys.data.batches import Steps
+from recsys.schema import InputError
 
 
 class Bookmark(Callback):
@@ -48,8 +53,10 @@ class Bookmark(Callback):
             return False
         if self.steps and trainer.global_step % self.steps == 0:
             return True
-        late = self.minutes is not None and time.monotonic() - self.since >= 60 * self.minutes
-        return trainer.strategy.broadcast(late)
+        if self.minutes is None:
+            return False
+        late = peers.first() and time.monotonic() - self.since >= 60 * self.minutes
+        return bool(peers.total(torch.tensor(int(late))))  # the first process's clock counts
 
     def state_dict(self) -> dict[str, Any]:
         """Return the next batch to train on."""
@@ -57,7 +64,8 @@ class Bookmark(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the loader begin there."""
-        self.sampler.epoch, self.sampler.first = state_dict["place"]
+        epoch, step = self.sampler.epoch, self.sampler.first = state_dict["place"]
+        print(f"goes on at epoch {epoch + 1}, step {step + 1}", file=sys.stderr, flush=True)
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -69,11 +77,35 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write beside `path`, then rename."""
+        """Write beside `path`, then rename; raises InputError where the disk is full."""
         scratch = Path(path).with_name(".unfinished")
         scratch.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
+        try:
+            with scratch.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+        except (OSError, RuntimeError) as error:
+            if not _is_full(error):
+                raise
+            raise InputError(_full(Path(path))) from error
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error; torch writes its own over the system's."""
+    if error is None:
+        return False
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in full or _is_full(error.__cause__ or error.__context__)
+
+
+def _full(path: Path) -> str:
+    run, free = path.parent.parent, shutil.disk_usage(path.parent).free / 2**20
+    kept = "the one before is whole" if path.is_file() else "there is none before it"
+    return (
+        f"{path}: no space left to write this checkpoint ({free:,.0f} MiB free); {kept}. Free "
+        f"some, or move the workspace to a larger disk, then recsys train resume={run.name}"
+    )

@@ -14,12 +14,17 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from recsys import peers
+from recsys.data.batches import IDLE
 from recsys.losses import ItemSide, contrastive
+from recsys.optimizers import LazyAdam
 from recsys.schema import EVENT_TYPES, InputError, type_code
 
 Loss = Callable[..., Tensor]
 BAR_STEPS = 10
 """Steps between two readings of the rate on a terminal."""
+RANK_SEEDS = 1 << 40
+"""Distance between the seeds of two processes in one step."""
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 
 
@@ -41,7 +46,10 @@ class Objective:
                 raise InputError(f"objective.type_weights.{name}={weight}: expected 0 or more")
 
     def weights(self, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """Return each supervised position's weight [P], with a mean of 1; None where all are 1."""
+        """Return each supervised position's weight [P], None where all are 1.
+
+        Their mean over the positions of all processes is 1.
+        """
         if not self.type_weights:
             return None
         targets = batch["targets"]
@@ -49,16 +57,21 @@ class Objective:
         for name, weight in self.type_weights.items():
             table[type_code(name)] = weight
         weight_P = table[batch["target_types"][targets > 0]]
-        return weight_P / weight_P.mean().clamp(min=1e-6)
+        mine_P = weight_P[:0] if IDLE in batch else weight_P
+        sums = peers.total(torch.stack([mine_P.sum(), mine_P.new_tensor(len(mine_P))]))
+        return weight_P / (sums[0] / sums[1]).clamp(min=1e-6)
 
 
 class SeededModule(pl.LightningModule):
     """Counts, shows and seeds the steps of a training, whatever it trains.
 
     Randomness is a function of (seed, step), so a resumed run draws what an uninterrupted one does.
+    Where several processes train, each has dropout of its own, and they draw the same negatives;
+    the loss of a step in one of them is such that the mean over all is the batch's.
     """
 
     total_loss: Tensor
+    negatives: torch.Generator | None = None
 
     def __init__(self, model: nn.Module, optimizer: OptimizerFactory, seed: int) -> None:
         super().__init__()
@@ -67,13 +80,16 @@ class SeededModule(pl.LightningModule):
     def show(self, loss: Tensor) -> None:
         """Log and show where it is due only: Lightning takes a millisecond for each value."""
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.log("train/step_loss", loss)
+            self.log("train/step_loss", peers.average(loss.detach()))
         if self.trainer.progress_bar_callback and self.global_step % BAR_STEPS == 0:
             self.log("positions/s", self.rate, prog_bar=True, logger=False)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer over all parameters."""
-        return self.make_optimizer(self.parameters())
+        optimizer = self.make_optimizer(self.parameters())
+        if isinstance(optimizer, LazyAdam):
+            optimizer.prepare(self.model)
+        return optimizer
 
     @property
     def rate(self) -> float:
@@ -82,17 +98,25 @@ class SeededModule(pl.LightningModule):
 
     @property
     def mean_loss(self) -> float:
-        """Mean loss over the epoch's positions so far."""
-        return float(self.total_loss) / max(1, self.positions)
+        """Mean loss over the epoch's positions so far; all processes ask for it together."""
+        return float(peers.average(self.total_loss)) / max(1, self.positions)
+
+    def of_all(self, batch: Mapping[str, Tensor], count: int) -> tuple[int, int]:
+        """Return how much this process has of a step that counts so many, and all together."""
+        mine = 0 if IDLE in batch else count
+        return mine, int(peers.total(torch.tensor(mine)))
 
     def count(self, loss: Tensor, positions: int) -> None:
-        """Add a step to the epoch's figures."""
+        """Add a step with so many positions in all processes to the epoch's figures."""
         self.positions += positions
         self.total_loss = self.total_loss + loss.detach().double() * positions
 
     def on_train_epoch_start(self) -> None:
         """Start counting."""
         self.go_on(positions=0, total_loss=0.0, seconds=0.0)
+
+    def before_validation(self) -> None:
+        """Make ready, in all processes, what the model is read from; most need nothing."""
 
     def go_on(self, positions: int, total_loss: float, seconds: float) -> None:
         """Count on from an epoch's figures so far; the first loss brings its device."""
@@ -103,7 +127,7 @@ class SeededModule(pl.LightningModule):
         """Keep the epoch's figures so far."""
         checkpoint["epoch_so_far"] = {
             "positions": self.positions,
-            "total_loss": float(self.total_loss),
+            "total_loss": float(peers.average(self.total_loss)),
             "seconds": time.perf_counter() - self.started,
         }
 
@@ -114,9 +138,13 @@ class SeededModule(pl.LightningModule):
     def on_train_batch_start(self, batch: dict[str, Tensor], step: int) -> None:
         """Seed this step's dropout and negatives."""
         seed = self.seed * 1_000_003 + self.global_step
-        torch.default_generator.manual_seed(seed)  # a tenth of the time of torch.manual_seed
+        own = seed + peers.rank() * RANK_SEEDS
+        torch.default_generator.manual_seed(own)  # a tenth of the time of torch.manual_seed
         if self.device.type == "cuda":
-            torch.cuda.manual_seed_all(seed)
+            torch.cuda.manual_seed_all(own)
+        if self.negatives is None or self.negatives.device != self.device:
+            self.negatives = torch.Generator(self.device)
+        self.negatives.manual_seed(seed)
 
 
 class RetrieverModule(SeededModule):
@@ -140,15 +168,22 @@ class RetrieverModule(SeededModule):
         """Return the mean loss over the batch's supervised positions."""
         query_PD, target_P = self.model.training_pairs(batch)  # type: ignore[operator]
         weight_P = self.objective.weights(batch)
-        loss = self.loss(query_PD, target_P, self.item_side, weight_P=weight_P)
+        loss = self.loss(query_PD, target_P, self.item_side(batch), weight_P=weight_P)
         if self.objective.contrastive:
             again_PD, _ = self.model.training_pairs(batch)  # type: ignore[operator]
             loss = loss + self.objective.contrastive * contrastive(query_PD, again_PD, target_P)
-        self.count(loss, len(target_P))
+        mine, everyone = self.of_all(batch, len(target_P))
+        loss = loss * (mine * peers.world() / max(1, everyone))
+        self.count(loss, everyone)
         self.show(loss)
         return loss
 
-    @property
-    def item_side(self) -> ItemSide:
-        """The item side as the loss sees it."""
-        return ItemSide(self.model.item_vectors, self.model.vectors_of, self.share)  # type: ignore
+    def item_side(self, batch: Mapping[str, Tensor]) -> ItemSide:
+        """Return the item side as the loss sees it."""
+
+        def gather(target_P: Tensor) -> tuple[Tensor, int]:
+            parts = peers.gathered(target_P[:0] if IDLE in batch else target_P)
+            return torch.cat(parts), sum(len(part) for part in parts[: peers.rank()])
+
+        of, every = self.model.vectors_of, self.model.item_vectors
+        return ItemSide(every, of, self.share, self.negatives, gather)  # type: ignore[arg-type]

@@ -17,7 +17,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from recsys import peers
 from recsys.artifacts import Workspace, write_json
+from recsys.data.batches import IDLE
 from recsys.data.dataset import Dataset
 from recsys.data.examples import Examples, Retrieve, make
 from recsys.data.shown import Shown, fitted, shown, tables_at
@@ -66,13 +68,16 @@ class RankerModule(SeededModule):
         super().__init__(model, optimizer, seed)
         fixed = None if isinstance(weights, str) else weights
         self.uncertainty = None if weights != LEARNED else Uncertainty(model.tasks)
-        self.loss = partial(multi_task, tasks=model.tasks, weights=fixed, listwise=listwise)
+        self.loss = partial(
+            multi_task, tasks=model.tasks, weights=fixed, listwise=listwise, count=peers.average
+        )
 
     def training_step(self, batch: dict[str, Tensor], step: int) -> Tensor:
         """Return the loss of all tasks over the batch's known labels."""
         logit_BCT = self.model(*(batch[name] for name in cast(Ranker, self.model).inputs))
-        loss = self.loss(logit_BCT, batch["labels"], uncertainty=self.uncertainty)
-        self.count(loss, self.shown(batch["labels"]))
+        label_BCT = torch.full_like(logit_BCT, torch.nan) if IDLE in batch else batch["labels"]
+        loss = self.loss(logit_BCT, label_BCT, uncertainty=self.uncertainty)
+        self.count(loss, self.of_all(batch, self.shown(label_BCT))[1])
         self.show(loss)
         return loss
 
@@ -129,6 +134,8 @@ class RankingJob:
 
     def test(self, folder: Path) -> TaskTested:
         """Calibrate the best weights on the validation part and measure them on the test part."""
+        if not peers.first():
+            return TaskTested((), {}, [])
         model = cast(Ranker, self.module.model)
         load_weights(model, folder / BEST)
         model.eval().cpu()

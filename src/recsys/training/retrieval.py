@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from numpy.typing import NDArray
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import nn
 
 from recsys.data.dataset import Dataset
 from recsys.evaluation.scorers import ModelScorer, Scorer
+from recsys.models.tables import sharded_tables
+from recsys.schema import InputError
 from recsys.training.callbacks import FullRanking, averaged
 from recsys.training.module import Objective, RetrieverModule
 from recsys.training.runs import BEST, build_model, load_weights, short_name
@@ -24,17 +27,11 @@ class RetrievalJob:
 
     def __init__(self, config: DictConfig, dataset: Dataset) -> None:
         check_start(config.item_start)
+        _check_lazy(config)
         self.config, self.dataset = config, dataset
         model = build_model(config, dataset)
         self.batches = self._batches()
-        self.module = RetrieverModule(
-            model,
-            instantiate(config.loss),
-            instantiate(config.optimizer),
-            self._target_share(),
-            config.seed,
-            Objective(**config.objective),
-        )
+        self.module = _module(config, model, self._target_share())
         averaging = averaged(config.averaging, self.batches.steps)
         self.validation = FullRanking(dataset, config.evaluation.exclude_seen, averaging)
         self.lineage: dict[str, Any] = {}
@@ -47,9 +44,9 @@ class RetrievalJob:
             length=self.config.model.max_length,
         )
 
-    def _target_share(self) -> Tensor:
+    def _target_share(self) -> NDArray[Any]:
         """Return what each item's share of the targets is in proportion to: [N + 1]."""
-        return torch.from_numpy(self.dataset.train_count)
+        return self.dataset.train_count
 
     def _beside(self) -> list[Scorer]:
         """Return what the test puts beside the baselines."""
@@ -57,6 +54,10 @@ class RetrievalJob:
 
     def begin(self, folder: Path) -> None:
         """Put the item vectors where a new training starts."""
+        if sharded_tables(self.module.model):
+            from recsys.training.shards import check_torchrec
+
+            check_torchrec()
         start_items(self.module.model, self.dataset, self.config.item_start)
 
     def test(self, folder: Path) -> Tested:
@@ -66,3 +67,24 @@ class RetrievalJob:
         scorer = ModelScorer(self.module.model.eval().cpu(), name=name)
         exclude = self.config.evaluation.exclude_seen
         return rank_test(folder, self.dataset, scorer, self.validation, exclude, self._beside())
+
+
+def _check_lazy(config: DictConfig) -> None:
+    parts = short_name(config.optimizer._target_), short_name(config.loss._target_)
+    if parts == ("LazyAdam", "full_softmax"):
+        raise InputError(
+            "optimizer=lazy_adam has no effect with loss=full_softmax, which reads every item at "
+            "each step; use loss=sampled_softmax, or optimizer=adam"
+        )
+
+
+def _module(config: DictConfig, model: nn.Module, counts: NDArray[Any]) -> RetrieverModule:
+    loss, optimizer = instantiate(config.loss), instantiate(config.optimizer)
+    count, objective = torch.from_numpy(counts), Objective(**config.objective)
+    parts = (model, loss, optimizer, count, config.seed, objective)
+    if not sharded_tables(model):
+        return RetrieverModule(*parts)
+    from recsys.training.sharded import ShardedRetriever, check_sharding
+
+    check_sharding(config, loss)
+    return ShardedRetriever(*parts, sharding=instantiate(config.embedding))

@@ -15,11 +15,15 @@ from torch import nn
 from recsys.artifacts import read_manifest
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset
+from recsys.models.tables import sharded_tables
 from recsys.schema import InputError
+from recsys.training.table_file import read_tables
 
 BEST, LAST = Path("checkpoints/best.ckpt"), Path("checkpoints/last.ckpt")
 BEFORE, OLD, OLD_BEFORE = "run before", "old_holdout", "old_holdout_before"
 """Metrics of a continued run: the run before on the test part, and both on that run's own."""
+TABLES = "tables"
+"""A checkpoint's word for the file beside it that holds its sharded tables."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ def dataset_of(lineage: Mapping[str, Any]) -> Dataset:
 
 def build_model(config: DictConfig, dataset: Dataset) -> nn.Module:
     """Return the configured model, untrained, sized to a dataset."""
-    model = instantiate(config.model, catalogue=Catalogue.of(dataset))
+    table = {"table": instantiate(config.embedding)} if config.get("embedding") else {}
+    model = instantiate(config.model, _partial_=True)(catalogue=Catalogue.of(dataset), **table)
     assert isinstance(model, nn.Module)
     return model
 
@@ -80,8 +85,9 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Load a checkpoint's weights into `model`, or raise InputError where they do not fit."""
     if not checkpoint.is_file():
         raise InputError(f"{checkpoint} is missing; resume or repeat the training")
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    weights = {n.removeprefix("model."): v for n, v in state.items() if n.startswith("model.")}
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    named = state["state_dict"].items()
+    weights = {n.removeprefix("model."): v for n, v in named if n.startswith("model.")}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -89,6 +95,8 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
             f"{checkpoint} does not fit this dataset or model: {_first_misfit(error)}; use the "
             "dataset that the run was trained on, or train anew"
         ) from error
+    if TABLES in state:
+        read_tables(sharded_tables(model), checkpoint.parent / state[TABLES])
 
 
 def short_name(target: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from recsys import peers
 from recsys.data.dataset import Dataset
 from recsys.data.synthetic import truth_of
 from recsys.evaluation.baselines import baselines
@@ -89,14 +90,22 @@ def rank_test(
     exclude_seen: bool,
     beside: Sequence[Scorer] = (),
 ) -> Tested:
-    """Rank the test part by a model, the baselines and `beside`, and write ranks and plots."""
+    """Rank the test part by a model, the baselines and `beside`, and write ranks and plots.
+
+    Every process of a training calls it, and each ranks its share of the users.
+    """
     scorers = [scorer, *beside, *baselines(dataset)]
     truth = truth_of(dataset)
     scorers += [truth] if truth else []
-    rows = {s.name: evaluate(dataset, s, "test", exclude_seen=exclude_seen) for s in scorers}
-    rows[scorer.name].save(folder / RANKS)
+    rows = {
+        s.name: evaluate(dataset, s, "test", exclude_seen=exclude_seen, shared=True)
+        for s in scorers
+    }
     metrics = {"test" if name == scorer.name else name: row.metrics for name, row in rows.items()}
     metrics["validation"] = validation.best()
+    if not peers.first():
+        return Tested(rows, metrics, [])
+    rows[scorer.name].save(folder / RANKS)
     return Tested(rows, metrics, [folder / RANKS, *_draw(folder, rows, validation.history)])
 
 

@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger
 
+from recsys import peers
 from recsys.artifacts import Workspace
 from recsys.data.dataset import Dataset
 from recsys.schema import InputError
@@ -26,14 +27,26 @@ class Tracker(Protocol):
         """MLflow's id of the run, where there is one."""
 
     @property
-    def logger(self) -> Logger:
-        """What Lightning logs to."""
+    def logger(self) -> Logger | bool:
+        """What Lightning logs to; False: nothing."""
 
     def start(self, config: DictConfig, dataset: Dataset, lineage: Mapping[str, Any]) -> None:
         """Note the resolved config, the dataset's lineage, and that of the run."""
 
     def finish(self, metrics: Mapping[str, float], files: list[Path]) -> None:
         """Note final metrics and keep `files` as artifacts."""
+
+
+class Silent:
+    """Notes nothing: what a process has that is not the first of a training."""
+
+    run_id, logger = None, False
+
+    def start(self, config: DictConfig, dataset: Dataset, lineage: Mapping[str, Any]) -> None:
+        """The first process notes it."""
+
+    def finish(self, metrics: Mapping[str, float], files: list[Path]) -> None:
+        """The first process notes it."""
 
 
 class CsvTracker:
@@ -118,7 +131,9 @@ class MlflowTracker:
 def make_tracker(
     kind: str, name: str, experiment: str, folder: Path, workspace: Workspace, run_id: str | None
 ) -> Tracker:
-    """Return the tracker that `logger=` names: `mlflow` or `csv`."""
+    """Return the tracker that `logger=` names, `mlflow` or `csv`, in the first process."""
+    if not peers.first():
+        return Silent()
     if kind == "csv":
         return CsvTracker(folder)
     try:

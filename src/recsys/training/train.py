@@ -11,26 +11,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pytorch_lightning as pl
-import torch
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from recsys import peers
 from recsys.artifacts import MANIFEST, Workspace, read_manifest, write_json, write_manifest
 from recsys.data.batches import Batches, Steps
 from recsys.data.dataset import Dataset
 from recsys.schema import InputError
 from recsys.training.callbacks import Validation, callbacks
 from recsys.training.checkpoints import Bookmark, WholeCheckpoints
-from recsys.training.memory import keep_large_buffers
+from recsys.training.memory import keep_large_buffers, out_of_memory, what_to_lower
 from recsys.training.module import SeededModule
+from recsys.training.processes import launched, restartable, settle, told
 from recsys.training.runs import BEST, LAST, dataset_of, read_config, short_name
-from recsys.training.tracking import Tracker, make_tracker
+from recsys.training.tracking import Tracker, flatten, make_tracker
 
 MADE_BY_MANIFEST = ("kind", "schema_version", "recsys_version", "created", "files", "fingerprint")
+AUTO = "auto"
+"""As `resume`: go on with the run of that name where it is unfinished, else start it."""
+MAY_DIFFER = ("resume", "split/", "trainer/devices", "trainer/num_nodes", "ranking/retriever")
+"""Settings that a run keeps, or takes up, otherwise than they are typed."""
 STATE = "run.json"
 """What an unfinished run needs to go on: written at its start, before the first step."""
 
@@ -101,23 +106,41 @@ class Trained:
 
 def train(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Trained:
     """Train a new run, or raise InputError before anything is written."""
+    settle(config)
+    folder = workspace.folder("run") / told("run", lambda: _free_name(config, workspace))
+    job = _assemble(config, dataset, workspace)
+    job.begin(folder)
+    tracker, state = _begin(config, folder, job, workspace)
+    return _run(config, folder, state, job, tracker, workspace)
+
+
+def _free_name(config: DictConfig, workspace: Workspace) -> str:
+    """Return the name of a new run; one that died before its first step has left it free."""
     name = config.name or f"{short_name(config.model._target_)}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = workspace.folder("run") / name
-    if folder.exists():
+    if folder.exists() and not (config.resume == AUTO and not (folder / STATE).exists()):
         raise InputError(f"run {name!r} exists already: choose another name=, or resume={name}")
-    job = _assemble(config, dataset, workspace)
-    (folder / LAST).parent.mkdir(parents=True)
-    job.begin(folder)
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    return str(name)
+
+
+def _begin(
+    config: DictConfig, folder: Path, job: Job, workspace: Workspace
+) -> tuple[Tracker, dict[str, Any]]:
+    """Write what a run needs to go on, in the first process; return its tracker and state."""
+    if peers.first():
+        (folder / LAST).parent.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, folder / "config.yaml", resolve=True)
     tracker = _tracker(config, folder, workspace, None)
     lineage = {
-        "name": dataset.name,
-        "path": str(dataset.path.resolve()),
-        "fingerprint": dataset.fingerprint,
+        "name": job.dataset.name,
+        "path": str(job.dataset.path.resolve()),
+        "fingerprint": job.dataset.fingerprint,
     }
-    state = {"name": name, "mlflow_run_id": tracker.run_id, "dataset": lineage, **job.lineage}
-    write_json(folder / STATE, state)
-    return _run(config, folder, state, job, tracker, workspace)
+    ids = {"name": folder.name, "mlflow_run_id": tracker.run_id}
+    state = {**ids, "dataset": lineage, **job.lineage}
+    if peers.first():
+        write_json(folder / STATE, state)
+    return tracker, state
 
 
 def resume(folder: Path, workspace: Workspace) -> Trained:
@@ -130,10 +153,50 @@ def resume(folder: Path, workspace: Workspace) -> Trained:
         )
     if not (folder / STATE).is_file():
         raise InputError(f"{folder}: no {STATE} in it; train it anew")
+    if launched():
+        config.trainer.update(devices="auto", num_nodes=1)  # as many as there are now
+    settle(config)
     state = _read_state(folder)
     job = _assemble(config, dataset_of(state["dataset"]), workspace)
+    if not (folder / LAST).is_file():
+        job.begin(folder)
     tracker = _tracker(config, folder, workspace, state["mlflow_run_id"])
     return _run(config, folder, state, job, tracker, workspace)
+
+
+def unfinished(config: DictConfig, workspace: Workspace) -> Path | None:
+    """Return the run that the same command began before it was started again, or None.
+
+    It is looked for with `resume=auto`, and where torchrun may start all processes again. Raises
+    InputError where the run has no name to be found by, or other settings.
+    """
+    if config.resume is None and restartable():
+        config.resume = AUTO
+    if config.resume != AUTO:
+        return None
+    if config.name is None:
+        raise InputError("a run that is to go on after a restart needs a name; type name=NAME")
+    folder = workspace.folder("run") / config.name
+    begun = told("begun", lambda: "yes" if (folder / STATE).is_file() else "")
+    if begun:
+        _refuse_other(config, read_config(folder))
+    return folder if begun else None
+
+
+def _refuse_other(config: DictConfig, before: DictConfig) -> None:
+    """Refuse settings that differ from those which a run began with."""
+    asked, had = (
+        flatten(cast("dict[str, Any]", OmegaConf.to_container(c, resolve=True)))
+        for c in (config, before)
+    )
+    for key in sorted(asked.keys() | had.keys()):
+        if key.startswith(MAY_DIFFER) or asked.get(key) == had.get(key):
+            continue
+        setting = key.replace("/", ".")
+        raise InputError(
+            f"run {config.name} began with {setting}={had.get(key)}, and is to go on with "
+            f"{setting}={asked.get(key)}; type the same settings, or another name="
+        )
 
 
 def retest(folder: Path, workspace: Workspace) -> Trained:
@@ -150,7 +213,6 @@ def retest(folder: Path, workspace: Workspace) -> Trained:
 
 def _assemble(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Job:
     """Make all that a setting could be wrong for, before anything is written."""
-    _check_device(config.trainer.accelerator)
     pl.seed_everything(config.seed, verbose=False)
     if config.get("resume_from") is not None:
         from recsys.training.warm import ContinuedJob
@@ -169,14 +231,6 @@ def _assemble(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Job
     from recsys.training.retrieval import RetrievalJob
 
     return RetrievalJob(config, dataset)
-
-
-def _check_device(accelerator: str) -> None:
-    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise InputError(
-            f"trainer.accelerator={accelerator}: torch {torch.__version__} sees no CUDA device; "
-            "use trainer=cpu, or install a CUDA build of torch and check nvidia-smi"
-        )
 
 
 def _run(
@@ -199,9 +253,10 @@ def _run(
         "history": job.validation.history,
     }
     tested = job.test(folder)
-    write_manifest(folder, "run", **facts, metrics=tested.metrics)
-    workspace.mark_latest("run", folder)
-    tracker.finish(tested.logged, [*tested.files, folder / BEST])
+    if peers.first():
+        write_manifest(folder, "run", **facts, metrics=tested.metrics)
+        workspace.mark_latest("run", folder)
+        tracker.finish(tested.logged, [*tested.files, folder / BEST])
     return Trained(folder, tested, time.perf_counter() - started, job.validation.reached)
 
 
@@ -218,9 +273,15 @@ def _fit(config: DictConfig, folder: Path, job: Job, tracker: Tracker) -> None:
         default_root_dir=folder,
         enable_progress_bar=sys.stderr.isatty(),
     )
+    job.batches.part = (peers.rank(), peers.world())
     loader = job.batches.loader(config.workers, sampler)
     path = last if last.is_file() else None
-    trainer.fit(job.module, train_dataloaders=loader, ckpt_path=path, weights_only=True)
+    try:
+        trainer.fit(job.module, train_dataloaders=loader, ckpt_path=path, weights_only=True)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise what_to_lower(error, config) from error
 
 
 def _tracker(config: DictConfig, folder: Path, workspace: Workspace, run_id: str | None) -> Tracker:

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
+from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor
@@ -24,6 +24,7 @@ from recsys.data.grow import ancestors
 from recsys.evaluation.protocol import Evaluation, evaluate
 from recsys.evaluation.report import report_table
 from recsys.evaluation.scorers import EvaluationBatch, ModelScorer, Scorer
+from recsys.models.tables import sharded_tables
 from recsys.schema import InputError
 from recsys.training.growth import grow_weights
 from recsys.training.retrieval import RetrievalJob
@@ -54,6 +55,7 @@ INHERITED = (
     "checkpoint_every",
     "evaluation",
     "logger",
+    "embedding",
 )
 """Settings of the run before that hold on, but for what is typed."""
 IDLE = ("experiment", "debug", "item_start", "ranking", "features", "examples")
@@ -67,7 +69,8 @@ def continued(config: DictConfig, overrides: Sequence[str], workspace: Workspace
     run = find_parent(str(config.resume_from), workspace)
     before, merged = read_config(run), config.copy()
     for part in INHERITED:
-        OmegaConf.update(merged, part, before.get(part), merge=False, force_add=True)
+        if part in before:
+            OmegaConf.update(merged, part, before[part], merge=False, force_add=True)
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
         part = key.split(".")[0]
@@ -141,6 +144,11 @@ class ContinuedJob(RetrievalJob):
         self.fresh = Fresh.since(trained, dataset, config.replay)
         self._check_new(dataset, trained)
         super().__init__(config, dataset)
+        if sharded_tables(self.module.model):
+            raise InputError(
+                f"resume_from={self.parent.name}: sharded tables do not grow; continue a run with "
+                "embedding=whole, or train anew"
+            )
         names = ("name", "mlflow_run_id", "fingerprint")
         self.lineage = {
             "parent": {name: manifest.get(name) for name in names} | {"path": str(self.parent)},
@@ -165,8 +173,8 @@ class ContinuedJob(RetrievalJob):
             fresh=self.fresh,
         )
 
-    def _target_share(self) -> Tensor:
-        return torch.from_numpy(self.fresh.share(self.dataset))
+    def _target_share(self) -> NDArray[Any]:
+        return self.fresh.share(self.dataset)
 
     @cached_property
     def before(self) -> LoadedRun:

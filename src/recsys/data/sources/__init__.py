@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+from recsys.data.sources.parts import Part
 
 if TYPE_CHECKING:
     import ibis
@@ -27,6 +30,8 @@ class Tables(NamedTuple):
     labels: which columns of impressions are labels; () for those with a name in
     `impressions.LABELS`.
     dropped_requests: how many requests of impressions the source left out, by reason.
+    skipped: files and parts of files that could not be read and were left out.
+    blaming: to read the events in, so that a file which cannot be read is named.
     columns: our name of each column that the log has → what is in it, `untyped` for text files;
     empty for a source whose columns cannot change from one day to the next.
     """
@@ -39,6 +44,8 @@ class Tables(NamedTuple):
     impressions: ibis.Table | None = None
     labels: Sequence[str] = ()
     dropped_requests: Mapping[str, int] = MappingProxyType({})
+    skipped: Sequence[str] = ()
+    blaming: Callable[[], AbstractContextManager[None]] = nullcontext
     columns: Mapping[str, str] = MappingProxyType({})
 
 
@@ -61,4 +68,19 @@ class Source(Protocol):
 
         `scratch` is a folder that lives until the dataset is prepared. Raises InputError.
         """
+        ...
+
+
+OpenParquet = Callable[[Sequence[Part], Sequence[str]], "ibis.Table"]
+"""Opens columns of Parquet files as one table with ROW, the place through all of them."""
+
+
+@runtime_checkable
+class ReadsParquet(Source, Protocol):
+    """A source whose events may be read by another engine than `con`."""
+
+    def read_with(
+        self, con: ibis.BaseBackend, parquet: OpenParquet, path: Path | None, scratch: Path
+    ) -> Tables:
+        """Read as `read` does, but events in Parquet through `parquet`."""
         ...

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ibis
 
@@ -37,6 +37,24 @@ def epoch_ms(moment: datetime) -> int:  # type: ignore[empty-body]
     """Milliseconds since 1970 of a timestamp (DuckDB's own function)."""
 
 
+@ibis.udf.scalar.builtin
+def unix_millis(moment: datetime) -> int:  # type: ignore[empty-body]
+    """Milliseconds since 1970 of a timestamp (Spark's own function)."""
+
+
+MILLISECONDS_OF = {"duckdb": epoch_ms, "pyspark": unix_millis}
+
+
+class Checked(NamedTuple):
+    """A value of our table, and where the column that it comes from is wrong."""
+
+    value: ir.Value
+    column: str
+    wrong: ir.BooleanValue
+    expected: str
+    more: Callable[[Any], str] | None = None
+
+
 @dataclass(frozen=True)
 class Log:
     """A raw log: columns named as ours, in whatever types they came, and `row` counted from 0.
@@ -57,18 +75,36 @@ class Log:
         Raises InputError naming the first bad row and what was expected there.
         """
         with reading(self.place):
-            if not first(self.table.select("row").limit(1)):
-                raise InputError(f"{self.place}: no events in it, only a header or nothing")
-            return self.table.select(
-                user_id=self._ids("user_id"),
-                item_id=self._ids("item_id"),
-                timestamp=self._times(),
-                event_type=self._types(),
-                value=self._values(),
-                row=self.table.row,
-            )
+            found = {
+                "user_id": self._ids("user_id"),
+                "item_id": self._ids("item_id"),
+                "timestamp": self._times(),
+                "event_type": self._types(),
+                "value": self._values(),
+            }
+            self.check([one for one in found.values() if isinstance(one, Checked)])
+            values = {k: v.value if isinstance(v, Checked) else v for k, v in found.items()}
+            return self.table.select(**values, row=self.table.row)
 
-    def _ids(self, column: str) -> ir.Value:
+    def check(self, all_: Sequence[Checked]) -> None:
+        """Raise InputError naming the first bad row of a column; the log is read once for all."""
+        wrong = {one.column: one.wrong.any() for one in all_}
+        met = first(self.table.aggregate(rows=self.table.count(), **wrong))
+        if not met or not met["rows"]:
+            raise InputError(f"{self.place}: no events in it, only a header or nothing")
+        for one in all_:
+            if met[one.column]:
+                self._refuse(one.column, one.wrong, one.expected, one.more)
+
+    def times(self) -> ir.Value:
+        """Return times in milliseconds, or places where there are none; raise InputError."""
+        found = self._times()
+        if not isinstance(found, Checked):
+            return found
+        self.check([found])
+        return found.value
+
+    def _ids(self, column: str) -> Checked:
         ids = self.table[column]
         if not (ids.type().is_string() or ids.type().is_integer()):
             raise InputError(
@@ -77,10 +113,11 @@ class Log:
             )
         text = ids.cast("string")
         empty = text.isnull() if ids.type().is_integer() else text.isnull() | (text == "")
-        self._refuse(column, empty, "every event needs one; give it one or leave the row out")
-        return text
+        return Checked(
+            text, column, empty, "every event needs one; give it one or leave the row out"
+        )
 
-    def _times(self) -> ir.Value:
+    def _times(self) -> Checked | ir.Value:
         if "timestamp" not in self.table.columns:
             return self.table.row
         times = _milliseconds(self.table, self.table.timestamp)
@@ -89,10 +126,9 @@ class Log:
                 f"{self.place}: column {self._name('timestamp')!r} is "
                 f"{self.table.timestamp.type()}; {TIME_HELP}"
             )
-        self._refuse("timestamp", times.isnull(), TIME_HELP)
-        return times
+        return Checked(times, "timestamp", times.isnull(), TIME_HELP)
 
-    def _types(self) -> ir.Value:
+    def _types(self) -> Checked | ir.Value:
         if "event_type" not in self.table.columns:
             return ibis.literal(EVENT_TYPES[0])
         for ours in self.event_types.values():
@@ -101,7 +137,8 @@ class Log:
             str(theirs): ours for theirs, ours in self.event_types.items()
         }
         theirs = self.table.event_type.cast("string")
-        self._refuse(
+        return Checked(
+            theirs.cases(*known.items(), else_=ibis.null("string")),
             "event_type",
             theirs.isnull() | ~theirs.isin(list(known)),
             f"known are {', '.join(known)}",
@@ -110,26 +147,33 @@ class Log:
                 f"Map it with +data.source.event_types.{met}={EVENT_TYPES[0]}"
             ),
         )
-        return theirs.cases(*known.items(), else_=ibis.null("string"))
 
-    def _values(self) -> ir.Value:
+    def _values(self) -> Checked | ir.Value:
         if "value" not in self.table.columns:
             return ibis.null("float32")
         met = self.table.value
         number = met.try_cast("float64") if met.type().is_string() else met.cast("float64")
         wrong = number.isnull() | number.isnan() | ~number.between(-LARGEST, LARGEST)
-        self._refuse("value", met.notnull() & wrong, "expected a finite number, or nothing")
-        return number.cast("float32")
+        return Checked(
+            number.cast("float32"),
+            "value",
+            met.notnull() & wrong,
+            "expected a finite number, or nothing",
+        )
 
     def _refuse(
-        self, column: str, wrong: ir.BooleanValue, expected: str, help_: Any = None
+        self,
+        column: str,
+        wrong: ir.BooleanValue,
+        expected: str,
+        more: Callable[[Any], str] | None = None,
     ) -> None:
         bad = self.table.filter(wrong).select("row", met=self.table[column])
         found = first(bad.order_by("row").limit(1))
         if found:
             line = found["row"] // self.rows_a_line + 1
             met = "empty" if found["met"] in (None, "") else repr(found["met"])
-            hint = help_(found["met"]) if help_ and met != "empty" else ""
+            hint = more(found["met"]) if more and met != "empty" else ""
             raise InputError(
                 f"{self.place}: row {line}: {self._name(column)} is {met}; {expected}{hint}"
             )
@@ -167,7 +211,8 @@ def _milliseconds(table: ir.Table, times: ir.Value) -> ir.Value | None:
 
 
 def _of_moment(moments: ir.Value) -> ir.Value:
-    return _sensible(epoch_ms(moments.cast("timestamp(6)")), PER_SECOND["milliseconds"])
+    milliseconds = MILLISECONDS_OF[moments.get_backend().name]
+    return _sensible(milliseconds(moments.cast("timestamp(6)")), PER_SECOND["milliseconds"])
 
 
 def _of_number(table: ir.Table, numbers: ir.Value) -> ir.Value:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from recsys.data.sources import Tables, no_events
+from recsys.data.sources import OpenParquet, Tables, no_events
 from recsys.data.sources.canonical import Log
 from recsys.data.sources.files import (
     ROW,
@@ -18,13 +20,23 @@ from recsys.data.sources.files import (
     kept_rows,
     mapped,
     parquet,
+    parquet_parts,
     reading,
 )
+from recsys.data.sources.parts import (
+    Part,
+    Skipped,
+    check_alike,
+    columns_of,
+    kind_of,
+    parts_of,
+    readable,
+)
+from recsys.data.sources.parts import blaming as blame
 from recsys.schema import EVENT_COLUMNS, InputError, suggestion
 
 if TYPE_CHECKING:
     import ibis
-    import ibis.expr.datatypes as dt
 
 COLUMNS = {name: name for name in (*EVENT_COLUMNS, "event_type", "value")}
 OPTIONAL = ("event_type", "value")
@@ -32,6 +44,16 @@ UNTYPED = "untyped"
 """What is in the columns of a text file, and in one of nulls: they go with any type."""
 SHOWN = ("user_id", "item_id", "timestamp", "request_id", "position", "propensity", "part")
 """Columns of impressions that are neither labels nor context."""
+
+
+class ReadLog(NamedTuple):
+    """Checked events, whether they have times, what could not be read, and what columns hold."""
+
+    events: ibis.Table
+    has_time: bool
+    columns: Mapping[str, str]
+    skipped: Skipped = Skipped()
+    blaming: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -44,6 +66,7 @@ class Events:
     impressions: what was shown, Parquet or CSV, a row an item; there may be no events beside it.
     impression_columns: our name → the file's; null for a `user_id`, `item_id` or `timestamp` that
     it does not have. labels: which columns are, where their names do not say so.
+    on_corrupt: `refuse` a Parquet log with files or row groups that cannot be read, or `skip` them.
     """
 
     columns: Mapping[str, str | None] = field(default_factory=dict)
@@ -56,16 +79,24 @@ class Events:
     impressions: str | None = None
     impression_columns: Mapping[str, str | None] = field(default_factory=dict)
     labels: Sequence[str] = ()
+    on_corrupt: str = "refuse"
 
     def read(self, con: ibis.BaseBackend, path: Path | None, scratch: Path) -> Tables:
         """Read the log at `path`, the impressions and the feature tables where there are any."""
+        return self.read_with(con, partial(parquet_parts, con), path, scratch)
+
+    def read_with(
+        self, con: ibis.BaseBackend, opened: OpenParquet, path: Path | None, scratch: Path
+    ) -> Tables:
+        """Read as `read` does, but events in Parquet through `opened`."""
         shown, shown_has_time = self._shown(con)
-        columns: dict[str, str] = {}
         if path is None and shown is not None:
-            events, has_time = no_events(), shown_has_time
+            log = ReadLog(no_events(), shown_has_time, {})
+        elif _kind(found := existing(path)) == "parquet":
+            log = self._parquet(opened, found, scratch)
         else:
-            events, columns = self._events(con, existing(path))
-            has_time = "timestamp" in columns
+            log = self._text(con, found)
+        has_time = log.has_time
         if shown is not None and has_time != shown_has_time:
             raise InputError(
                 "events and impressions need one clock, and only one of them has times; name the "
@@ -73,28 +104,52 @@ class Events:
                 "data.source.impression_columns.timestamp"
             )
         return Tables(
-            events=events,
+            events=log.events,
             items=_features(con, self.items, self.item_id, "item_id", "data.source.items"),
             users=_features(con, self.users, self.user_id, "user_id", "data.source.users"),
             has_time=has_time,
             impressions=shown,
             labels=tuple(self.labels),
-            columns=columns,
+            dropped={"unreadable": log.skipped.rows} if log.skipped.what else {},
+            skipped=log.skipped.what,
+            blaming=log.blaming,
+            columns=log.columns,
         )
 
-    def _events(self, con: ibis.BaseBackend, found: Path) -> tuple[ibis.Table, dict[str, str]]:
-        """Return the checked events, and what is in each column that the log has."""
-        raw = self._open(con, found)
+    def _parquet(self, opened: OpenParquet, found: Path, scratch: Path) -> ReadLog:
+        """Return checked events of a Parquet file, or of all in a folder."""
+        parts, skipped = parts_of(_files(found), self.on_corrupt)
+        names = self._mapped(columns_of(parts), found)
+        columns = list(dict.fromkeys(names.values()))
+        check_alike(parts, columns)
+        if self.on_corrupt == "skip":
+            parts, more = readable(parts, columns, scratch)
+            skipped = Skipped(more.rows, skipped.what + more.what)
+        blaming = partial(blame, parts, columns)
+        with blaming():
+            raw = opened(parts, columns)
+            table = raw.select(row=raw[ROW], **{ours: raw[name] for ours, name in names.items()})
+            events = Log(table, found.name, names, self.event_types).events()
+        kinds = {ours: _kind_in(parts, theirs) for ours, theirs in names.items()}
+        return ReadLog(events, "timestamp" in names, kinds, skipped, blaming)
+
+    def _text(self, con: ibis.BaseBackend, found: Path) -> ReadLog:
+        """Return checked events of delimited text."""
+        if self.on_corrupt != "refuse":
+            raise InputError(
+                f"data.source.on_corrupt={self.on_corrupt} is about Parquet and has no effect on "
+                f"{found.name}; leave it out"
+            )
+        with reading(found):
+            raw = delimited(con, found, delimiter=self.delimiter)
+        names = self._mapped(raw.columns, found)
+        chosen = raw.select(**{ours: raw[theirs] for ours, theirs in names.items()})
+        log = Log(kept_rows(con, "raw_events", chosen, found), found.name, names, self.event_types)
+        return ReadLog(log.events(), "timestamp" in names, dict.fromkeys(names, UNTYPED))
+
+    def _mapped(self, columns: Iterable[str], found: Path) -> dict[str, str]:
         wanted = {ours: str(theirs) for ours, theirs in self._wanted().items() if theirs}
-        names = mapped((c for c in raw.columns if c != ROW), wanted, OPTIONAL, found.name)
-        chosen = {ours: raw[theirs] for ours, theirs in names.items()}
-        if _kind(found) == "parquet":
-            log = raw.select(row=raw[ROW], **chosen)
-            columns = {name: _content(column.type()) for name, column in chosen.items()}
-        else:
-            log = kept_rows(con, "raw_events", raw.select(**chosen), found)
-            columns = dict.fromkeys(chosen, UNTYPED)
-        return Log(log, found.name, names, self.event_types).events(), columns
+        return mapped(columns, wanted, OPTIONAL, found.name)
 
     def _shown(self, con: ibis.BaseBackend) -> tuple[ibis.Table | None, bool]:
         """Return the impressions under our names, and whether they have times."""
@@ -119,13 +174,13 @@ class Events:
         chosen = {ours: raw[theirs] for ours, theirs in names.items()}
         table = raw.select(*rest, **chosen, row=raw[ROW])
         with reading(file):
-            timed = table.mutate(timestamp=Log(table, file.name, names)._times())
+            timed = table.mutate(timestamp=Log(table, file.name, names).times())
         return timed, "timestamp" in names
 
     def _typed(self, con: ibis.BaseBackend, file: Path, ids: Sequence[str | None]) -> ibis.Table:
         """Open a table with a type a column, `ids` as text, and ROW its place in the file."""
         if _kind(file) == "parquet":
-            return self._open(con, file)
+            return parquet(con, _files(file))
         there = set(header(file, self.delimiter))
         texts = {name: "VARCHAR" for name in ids if name in there}
         with reading(file):
@@ -141,27 +196,18 @@ class Events:
                 )
         return COLUMNS | dict(self.columns)
 
-    def _open(self, con: ibis.BaseBackend, found: Path) -> ibis.Table:
-        if found.is_dir():
-            files = sorted(found.glob("**/*.parquet"))
-            if not files:
-                raise InputError(f"{found}: no *.parquet in this folder; name a file instead")
-            return parquet(con, files)
-        if _kind(found) == "parquet":
-            return parquet(con, [found])
-        with reading(found):
-            return delimited(con, found, delimiter=self.delimiter)
+
+def _kind_in(parts: Sequence[Part], name: str) -> str:
+    kinds = [kind_of(part.schema.field(name).type) for part in parts]
+    return next((kind for kind in kinds if kind != "nothing"), UNTYPED)
 
 
-def _content(dtype: dt.DataType) -> str:
-    """Return what a Parquet column holds, as a message says it."""
-    if dtype.is_timestamp() or dtype.is_date():
-        return "moments"
-    if dtype.is_null():
-        return UNTYPED
-    if dtype.is_integer():
-        return "whole numbers"
-    return "numbers" if dtype.is_numeric() else "text"
+def _files(found: Path) -> list[Path]:
+    """Return a Parquet file, or all in a folder in the order of their names."""
+    files = sorted(found.glob("**/*.parquet")) if found.is_dir() else [found]
+    if not files:
+        raise InputError(f"{found}: no *.parquet in this folder; name a file instead")
+    return files
 
 
 def _kind(file: Path) -> str:

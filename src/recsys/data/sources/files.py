@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from recsys.data.sources.parts import Part, engine_errors, lacks, part_of
 from recsys.schema import InputError, suggestion
 
 if TYPE_CHECKING:
@@ -65,14 +66,10 @@ def open_text(file: Path, encoding: str = "utf-8-sig") -> IO[str]:
 @contextmanager
 def reading(file: Path | str) -> Iterator[None]:
     """Turn what DuckDB and the decoders say about a bad file into an InputError naming it."""
-    import duckdb
-
     try:
         yield
-    except duckdb.OutOfMemoryException:
-        raise
-    except duckdb.Error as error:
-        if "No space left" in str(error):
+    except engine_errors() as error:
+        if lacks(error):
             raise
         raise InputError(f"{file}: {_essence(str(error))}") from error
     except (UnicodeError, gzip.BadGzipFile, EOFError, csv.Error) as error:
@@ -140,22 +137,18 @@ def first_json(file: Path) -> dict[str, object]:
 
 def parquet(con: ibis.BaseBackend, files: Sequence[Path]) -> ibis.Table:
     """Open Parquet files as one table whose ROW column counts through all of them in order."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    return parquet_parts(con, [part_of(file) for file in files])
 
-    sizes = []
-    for file in files:
-        try:
-            sizes.append(pq.read_metadata(file).num_rows)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise InputError(
-                f"{file}: not a whole Parquet file ({error}); copy it again"
-            ) from error
-    names = [str(file) for file in files]
+
+def parquet_parts(
+    con: ibis.BaseBackend, parts: Sequence[Part], columns: Sequence[str] = ()
+) -> ibis.Table:
+    """Open files whose footers are read, as one table with ROW; `columns` are among its own."""
+    names = [str(part.file) for part in parts]
     if len(names) == 1:
         return con.read_parquet(names, file_row_number=True)
     table = con.read_parquet(names, file_row_number=True, filename=FILE, union_by_name=True)
-    starts = [0, *itertools.accumulate(sizes)]
+    starts = [0, *itertools.accumulate(part.rows for part in parts)]
     start = table[FILE].cases(*zip(names, starts[:-1], strict=True), else_=0)
     return table.mutate(**{ROW: table[ROW] + start}).drop(FILE)
 

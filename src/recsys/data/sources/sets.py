@@ -31,7 +31,9 @@ class ShownLog(Log):
 
     def ids(self, column: str) -> ir.Value:
         """Return ids as text; raise InputError for an empty one."""
-        return self._ids(column)
+        found = self._ids(column)
+        self.check([found])
+        return found.value
 
     def refuse(self, wrong: Mapping[str, ir.BooleanValue], expected: str) -> None:
         """Raise InputError naming the first row that is wrong in one of the columns.
