@@ -6,7 +6,7 @@ Shapes: B histories, E events in all of them together, L encoded length, R packe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -167,16 +167,19 @@ def pack(
     row_length: int,
     horizon: int = 1,
     rng: np.random.Generator | None = None,
+    trains: NDArray[np.bool_] | None = None,
 ) -> Arrays:
     """Lay many training histories into few rows, each position with an event that follows it.
 
     With a `horizon` above 1 the target is drawn (by `rng`) among the next so many events, else it
     is the next one (dense all-action targets: Pancha et al. 2022, PinnerFormer, section 3.3).
+    `trains` [E] tells which events may be targets; all, where it is not given.
 
     A history of n events gives n - 1 positions (at most `row_length`). Returns int64 [R, L] arrays:
     `items`, `types`, `gaps`, `times`, `values` as in `encode`; `positions` (0 at each history's
-    start), `segments` (1, 2, … within a row, 0 where empty); `targets`, `target_types` (0 where
-    empty); and the request context at the moment of the next event.
+    start), `segments` (1, 2, … within a row, 0 where empty); `targets` (0 where empty, and where
+    the event may not be one), `target_types`; and the request context at the moment of the next
+    event.
 
     >>> h = Histories.of([(np.array([5, 6, 7]), np.ones(3, int), np.arange(3) * 1000)] * 2)
     >>> pack(h, 4)["targets"]
@@ -187,6 +190,9 @@ def pack(
     oldest = whole.offsets[:-1][whole.lengths > 0]
     inputs = _without(whole, newest)
     following = _without(whole, oldest)
+    if trains is not None:
+        targets = replace(histories, items=np.where(trains, histories.items, 0))
+        following = _without(targets.last(row_length + 1), oldest)
     rows, starts, segments = _first_fit(inputs.lengths, row_length)
     places = _places(inputs)
     target = np.arange(len(places))

@@ -22,7 +22,7 @@ from recsys.data.dataset import Dataset
 from recsys.schema import InputError, suggestion
 
 CONFIG = "recsys"
-SECTIONS = ("evaluation", "registry", "ranking")
+SECTIONS = ("evaluation", "registry", "ranking", "grow")
 """Parts that no constructor checks: a key which the shipped config lacks is refused here."""
 OF_RANKING = ("ranking", "features", "features_allow", "examples")
 OF_RETRIEVAL = ("loss", "objective", "item_start", "embedding")
@@ -43,6 +43,9 @@ def configure(overrides: Sequence[str]) -> DictConfig:
 def _refuse_idle(config: DictConfig, shipped: DictConfig, overrides: Sequence[str]) -> None:
     _refuse_unknown("", config, shipped)
     _refuse_of_other_stage(config, overrides)
+    _refuse_of_growth(config, overrides)
+    if config.resume_from is None and any(_part(o) == "replay" for o in overrides):
+        raise InputError("replay has no effect without a run to continue: resume_from=RUN")
     for section in SECTIONS:
         _refuse_unknown(f"{section}.", config[section], shipped[section])
     parts = {str(name): node for name, node in config.items()}
@@ -67,6 +70,25 @@ def _refuse_of_other_stage(config: DictConfig, overrides: Sequence[str]) -> None
             raise InputError(f"{override} has no effect on {met}: it is for {wanted}; leave it out")
 
 
+def _refuse_of_growth(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse what has no effect where a dataset grows, and `grow` where none does."""
+    from recsys.data.grow import KEPT
+
+    grows = config.grow.onto is not None and "source" in config.data
+    kept = [f"data.{name}" for name in KEPT]
+    for override in overrides:
+        if not grows and _part(override) == "grow":
+            raise InputError(
+                f"{override} has no effect without both a dataset that grows and a log of new "
+                "days: recsys prepare data=events data.path=day.csv grow.onto=DATASET"
+            )
+        if grows and (_part(override) == "split" or override.lstrip("+").split("=")[0] in kept):
+            raise InputError(
+                f"{override} has no effect with grow.onto={config.grow.onto}: the dataset keeps "
+                "what it was first prepared with; leave it out"
+            )
+
+
 def _part(override: str) -> str:
     """Return which part of the config an override is of.
 
@@ -89,6 +111,7 @@ def _refuse_unknown(where: str, met: Iterable[Any], known: Iterable[Any]) -> Non
 
 def open_dataset(config: DictConfig, workspace: Workspace) -> Dataset:
     """Return the existing dataset that `data` names, or prepare it."""
+    from recsys.data.grow import Growth, grow
     from recsys.data.prepare import prepare as prepare_dataset
 
     if "source" not in config.data:
@@ -96,7 +119,11 @@ def open_dataset(config: DictConfig, workspace: Workspace) -> Dataset:
     else:
         settings = {k: v for k, v in _plain(config.data).items() if k != "source"}
         source = instantiate(config.data.source)
-        dataset = prepare_dataset(settings, source, _plain(config.split), workspace)
+        dataset = (
+            prepare_dataset(settings, source, _plain(config.split), workspace)
+            if config.grow.onto is None
+            else grow(Growth(**config.grow), settings, source, workspace)
+        )
     with open_dict(config):
         config.split = dataset.manifest["split"]
     return dataset
@@ -135,8 +162,12 @@ def train(overrides: Sequence[str], workspace: Workspace, flags: Sequence[str] =
     """
     from recsys import peers
     from recsys.training.processes import spread
+    from recsys.training.train import AUTO
+    from recsys.training.warm import continued
 
     config = configure(overrides)
+    if config.resume_from is not None and config.resume in (None, AUTO):
+        config = continued(config, overrides, workspace)
     resumed = _resumed(config, overrides, workspace)
     if spread(config, ["train", *overrides, *flags]):
         return None

@@ -18,7 +18,7 @@ RANKING = ("features", "examples", "model/crossing", "model/path", "model/heads"
 NEEDED = {"split": ["data=sequences", "data.path=x"]}
 NEEDED |= {group: ["model=ranker"] for group in RANKING}
 """What a group is of no use without."""
-PROVIDED = {"catalogue", "dataset", "seed", "length", "params", "layer"}
+PROVIDED = {"catalogue", "dataset", "seed", "length", "params", "layer", "fresh"}
 PROVIDED |= {"query_PD", "target_P", "items", "weight_P", "table"}
 PROVIDED |= {"layout", "tasks", "retriever", "crossing", "path", "heads", "shown", "inputs"}
 """Arguments that the code gives, not the config."""

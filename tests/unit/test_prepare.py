@@ -365,7 +365,7 @@ def test_a_full_device_is_noticed_while_streaming(
 ) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    monkeypatch.setattr("recsys.data.flat._npy", lambda *_: io.FileIO("/dev/full", "w"))
+    monkeypatch.setattr("recsys.data.flat.npy", lambda *_: io.FileIO("/dev/full", "w"))
     with pytest.raises(InputError, match=r"no space left"):
         made(tmp_path, log(tmp_path, SMALL))
     assert leftovers(tmp_path) == []

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from recsys.data.dataset import Dataset
+from recsys.data.fresh import Fresh, Replaying
 from recsys.data.shuffle import Everywhere, Order, Windows
-from recsys.history import Arrays, encode, pack
+from recsys.history import Arrays, Histories, encode, pack
 from recsys.schema import InputError
 
 Step = tuple[int, int]
@@ -146,20 +147,27 @@ class EventBatches(Batches):
 
     `shuffle`: `global` lets any example follow any; a number shuffles within windows of about so
     many events, which are read block by block; `auto` does that with data past memory. Of the
-    examples only how many each user has is kept, 8 bytes a user.
+    examples only how many each user has is kept, 8 bytes a user. With `fresh`, examples have new
+    targets, and a share of them old ones, spread evenly; the order is then in memory.
     """
 
-    derived = ("order", "before")
+    derived = ("order", "before", "ranges")
 
     def __init__(
-        self, dataset: Dataset, size: int, seed: int, length: int, shuffle: Shuffle = "auto"
+        self,
+        dataset: Dataset,
+        size: int,
+        seed: int,
+        length: int,
+        shuffle: Shuffle = "auto",
+        fresh: Fresh | None = None,
     ) -> None:
         if shuffle not in ("auto", "global") and (isinstance(shuffle, str) or shuffle < 1):
             raise InputError(
                 f"batches.shuffle={shuffle}: expected auto, global, or the events of a window, "
                 f"as in {WINDOW}"
             )
-        self.length, self.shuffle = length, shuffle
+        self.length, self.shuffle, self.fresh = length, shuffle, fresh
         super().__init__(dataset, size, seed)
         if not self.total:
             raise InputError(
@@ -168,11 +176,19 @@ class EventBatches(Batches):
             )
 
     def _derive(self) -> None:
-        self.before = np.concatenate([[0], np.cumsum(self.counts())])
+        ends = self.dataset.split.train_end
+        self.ranges = [(np.broadcast_to(np.int64(1), len(ends)), ends)]
+        if self.fresh is not None:
+            firsts, cut = self.ranges[0][0], self.fresh.cut(ends)
+            self.ranges = [(cut, ends), (firsts, cut)]
+        counts = [self.counts(*places) for places in self.ranges]
+        self.before = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
         super()._derive()
 
     def ordered(self) -> Order:
         """Return the order that `shuffle` asks for: it depends on nothing but data and settings."""
+        if self.fresh is not None:
+            return Replaying(self.fresh, self.new, int(self.before[-1]) - self.new, self.seed)
         events = len(self.dataset.events["items"])
         large = self.shuffle == "auto" and events > LARGE
         if isinstance(self.shuffle, str) and not large:
@@ -191,20 +207,41 @@ class EventBatches(Batches):
 
     @property
     def total(self) -> int:
-        """Training examples."""
-        return int(self.before[-1])
+        """Training examples of an epoch."""
+        old = int(self.before[-1]) - self.new
+        return self.new + (0 if self.fresh is None else self.fresh.replayed(self.new, old))
 
-    def counts(self) -> NDArray[np.int64]:
-        """Return how many training examples each user has: int64 [U]."""
+    @property
+    def new(self) -> int:
+        """Examples of new targets, the first ones; all, where none are old."""
+        return int(self.before[self.dataset.num_users])
+
+    def counts(self, firsts: NDArray[np.int64], lasts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many examples each user has: int64 [U].
+
+        Of targets at places from `firsts` up to but without `lasts`, both int64 [U].
+        """
         raise NotImplementedError
 
     def find(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return each example's user row, and the place in the trajectory where it ends."""
-        users = np.searchsorted(self.before, rows, side="right") - 1
-        return users, self.ends(users, rows - self.before[users])
+        at = np.searchsorted(self.before, rows, side="right") - 1
+        of, users = np.divmod(at, self.dataset.num_users)
+        ends = np.zeros(len(rows), np.int64)
+        for number, (firsts, lasts) in enumerate(self.ranges):
+            some = of == number
+            who, nth = users[some], (rows - self.before[at])[some]
+            ends[some] = self.ends(who, nth, firsts[who], lasts[who])
+        return users, ends
 
-    def ends(self, users: NDArray[np.int64], nth: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return where the examples end that are each user's `nth`."""
+    def ends(
+        self,
+        users: NDArray[np.int64],
+        nth: NDArray[np.int64],
+        firsts: NDArray[np.int64],
+        lasts: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """Return where the examples end that are each user's `nth`; all are int64 [B]."""
         raise NotImplementedError
 
 
@@ -226,20 +263,27 @@ class PackedBatches(EventBatches):
         windows: Literal["last", "all"] = "all",
         horizon: int = 1,
         shuffle: Shuffle = "auto",
+        fresh: Fresh | None = None,
     ) -> None:
         if horizon < 1:
             raise InputError(f"batches.horizon={horizon}: expected 1 (the next event) or more")
         self.windows, self.horizon = windows, horizon
-        super().__init__(dataset, size, seed, length, shuffle)
+        super().__init__(dataset, size, seed, length, shuffle, fresh)
 
-    def counts(self) -> NDArray[np.int64]:
+    def counts(self, firsts: NDArray[np.int64], lasts: NDArray[np.int64]) -> NDArray[np.int64]:
         """One example a window of `length` positions."""
-        following = np.maximum(self.dataset.split.train_end - 1, 0)
-        return np.minimum(following, 1) if self.windows == "last" else -(-following // self.length)
+        targets = np.maximum(lasts - firsts, 0)
+        return np.minimum(targets, 1) if self.windows == "last" else -(-targets // self.length)
 
-    def ends(self, users: NDArray[np.int64], nth: NDArray[np.int64]) -> NDArray[np.int64]:
+    def ends(
+        self,
+        users: NDArray[np.int64],
+        nth: NDArray[np.int64],
+        firsts: NDArray[np.int64],
+        lasts: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
         """Windows are counted back from the newest event."""
-        return self.dataset.split.train_end[users] - nth * self.length
+        return lasts - nth * self.length
 
     def cost(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return each example's positions."""
@@ -251,8 +295,27 @@ class PackedBatches(EventBatches):
 
     def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
         """Return packed rows, see `history.pack`."""
-        histories = self.dataset.histories(*self.find(rows), self.length + 1)
-        return pack(histories, self.length, self.horizon, rng)
+        users, ends = self.find(rows)
+        histories = self.dataset.histories(users, ends, self.length + 1)
+        trains = (
+            None if self.fresh is None else self._trains(rows < self.new, users, ends, histories)
+        )
+        return pack(histories, self.length, self.horizon, rng, trains)
+
+    def _trains(
+        self,
+        new: NDArray[np.bool_],
+        users: NDArray[np.int64],
+        ends: NDArray[np.int64],
+        histories: Histories,
+    ) -> NDArray[np.bool_] | None:
+        """Return which events of the histories may be targets; None for all."""
+        if self.fresh is None:
+            return None
+        lengths = histories.lengths
+        to_end = np.repeat(histories.offsets[1:], lengths) - np.arange(histories.offsets[-1])
+        places = np.repeat(ends, lengths) - to_end
+        return self.fresh.trains(np.repeat(users, lengths), places, np.repeat(new, lengths))
 
 
 class PairBatches(EventBatches):
@@ -260,13 +323,27 @@ class PairBatches(EventBatches):
 
     layout = "pairs"
 
-    def counts(self) -> NDArray[np.int64]:
-        """One example for each training event that has an earlier one."""
-        return np.maximum(self.dataset.split.train_end - 1, 0)
+    def counts(self, firsts: NDArray[np.int64], lasts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """One example for each target; none for one that is held out."""
+        targets = np.maximum(lasts - firsts, 0)
+        if self.fresh is None:
+            return targets
+        held = self.fresh.held_U
+        return targets - ((held >= firsts) & (held < lasts))
 
-    def ends(self, users: NDArray[np.int64], nth: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The place of that event."""
-        return nth + 1
+    def ends(
+        self,
+        users: NDArray[np.int64],
+        nth: NDArray[np.int64],
+        firsts: NDArray[np.int64],
+        lasts: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """The place of the target."""
+        places = firsts + nth
+        if self.fresh is None:
+            return places
+        held = self.fresh.held_U[users]
+        return places + ((held >= firsts) & (places >= held))
 
     def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
         """Return right-padded histories, `users` (row + 1), `targets` and `target_types`."""

@@ -82,9 +82,14 @@ def encode_column(column: pa.ChunkedArray) -> Codes:
     >>> encode_column(pa.chunked_array([["b", None, "a"]])).codes
     array([0, 2, 0, 1])
     """
-    values = pc.unique(column.drop_null()).sort()
+    values = values_of(column)
     places = pc.fill_null(pc.add(pc.index_in(column, values), 1), 0)
     return Codes(np.concatenate([[0], places.to_numpy()]).astype(np.int64), len(values) + 1)
+
+
+def values_of(column: pa.ChunkedArray) -> pa.Array:
+    """Return a column's values in the order in which `encode_column` numbers them."""
+    return pc.unique(column.drop_null()).sort()
 
 
 def _vectors(column: pa.ChunkedArray) -> NDArray[np.float32]:

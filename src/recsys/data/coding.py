@@ -31,11 +31,12 @@ class Coded(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the filters leave: events, and users with count and rank (0 is the busiest)."""
+    """What the filters leave: events, users with count and rank (0 is the busiest), rare events."""
 
     events: ibis.Table
     users: ibis.Table
     dropped: dict[str, int]
+    rare: ibis.Table
 
 
 def encoded(engine: Engine, events: ibis.Table, shown: ibis.Table | None = None) -> Coded:
@@ -74,7 +75,7 @@ def filtered(
     Users who are only in `shown` stay, unless rare ones are left out.
     """
     before = count(coded.events)
-    unique = _unique(engine, coded.events) if settings.deduplicate else coded.events
+    unique = each_once(engine, coded.events) if settings.deduplicate else coded.events
     after = before if unique is coded.events else count(unique)
     events, users, left = _frequent(engine, unique, settings)
     if shown is not None and settings.least("user") == 1:
@@ -88,7 +89,7 @@ def filtered(
             "data.k_core=null"
         )
     dropped = {"duplicates": before - after, "rare": after - left}
-    return Kept(events, ranked, dropped)
+    return Kept(events, ranked, dropped, unique.anti_join(events, "row"))
 
 
 def _with_shown_users(users: ibis.Table, coded: Coded, shown: ibis.Table) -> ibis.Table:
@@ -99,7 +100,7 @@ def _with_shown_users(users: ibis.Table, coded: Coded, shown: ibis.Table) -> ibi
     return users.union(extra.select("user", count=ibis.literal(0, "int64")))
 
 
-def _unique(engine: Engine, events: ibis.Table) -> ibis.Table:
+def each_once(engine: Engine, events: ibis.Table) -> ibis.Table:
     """Keep the first in the source of events that are the same."""
     counted = events.group_by(SAME_EVENT).aggregate(rows=events.count(), kept=events.row.min())
     repeated = engine.keep("repeated", counted.filter(counted.rows > 1).drop("rows"))

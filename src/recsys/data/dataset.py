@@ -41,7 +41,8 @@ class Dataset:
 
     Files: `items.parquet` (row i - 1 is item i: item_id, count, train_count, features),
     `users.parquet` (row u: user_id, features), `events/{items,types,times,values}.npy` sorted by
-    (user, time), `events/offsets.npy` [U + 1], and `impressions.parquet` where the log has them.
+    (user, time), `events/offsets.npy` [U + 1], `impressions.parquet` where the log has them, and
+    `pending.parquet`, the events of users and items that are too rare yet (see `admission`).
     `times` are milliseconds since 1970, or places 0, 1, … where the source has none (`has_time` is
     false). Users and items that were only shown come last; there may be no events at all.
     """
@@ -162,6 +163,42 @@ class Dataset:
         )
         values = np.asarray(self.events["values"][source]) if self.has_values else None
         return Histories(items, types, times, offsets, values)
+
+    def places(
+        self, users: NDArray[np.integer], moments: NDArray[np.int64], after: bool = False
+    ) -> NDArray[np.int64]:
+        """Return how many events user `users[b]` has before `moments[b]`, or up to it if `after`.
+
+        int64 [B], by bisection: a few reads for each b, whatever the size of the log.
+        """
+        times = self.events["times"]
+        starts, ends = self.offsets[users], self.offsets[np.asarray(users) + 1]
+        low, high = starts.astype(np.int64), ends.astype(np.int64)
+        while len(searched := np.flatnonzero(low < high)):
+            middle = (low[searched] + high[searched]) // 2
+            met, wanted = times[middle], moments[searched]
+            earlier = (met <= wanted) if after else (met < wanted)
+            low[searched] = np.where(earlier, middle + 1, low[searched])
+            high[searched] = np.where(earlier, high[searched], middle)
+        return low - starts
+
+    def find(
+        self,
+        users: NDArray[np.integer],
+        times: NDArray[np.int64],
+        items: NDArray[np.integer],
+        types: NDArray[np.integer],
+    ) -> NDArray[np.int64]:
+        """Return the place of each event in its user's trajectory, -1 for none: int64 [B]."""
+        low, high = (self.places(users, times, after) for after in (False, True))
+        found = np.full(len(low), -1)
+        for step in range(int((high - low).max(initial=0))):
+            there = np.flatnonzero((low + step < high) & (found < 0))
+            at = self.offsets[users[there]] + low[there] + step
+            same = self.events["items"][at] == items[there]
+            same &= self.events["types"][at] == types[there]
+            found[there[same]] = low[there[same]] + step
+        return found
 
 
 def _read_ahead(array: NDArray[Any], ranges: Sequence[tuple[int, int]]) -> None:

@@ -35,7 +35,7 @@ def write_events(engine: Engine, kept: Kept, folder: Path, has_time: bool) -> ND
         .select(*EVENT_ARRAYS)
     )
     total = int(offsets[-1])
-    files = {name: _npy(folder / f"{name}.npy", name, total) for name in EVENT_ARRAYS}
+    files = {name: npy(folder / f"{name}.npy", name, total) for name in EVENT_ARRAYS}
     try:
         written = 0
         for batch in engine.batches(ordered):
@@ -53,7 +53,7 @@ def write_events(engine: Engine, kept: Kept, folder: Path, has_time: bool) -> ND
     return offsets
 
 
-def _npy(file: Path, name: str, total: int) -> Any:
+def npy(file: Path, name: str, total: int) -> Any:
     """Open a `.npy` file of `total` events, its header written, for its data to follow."""
     # Plain writes fail cleanly on a full disk; a memory map ends the process.
     stream = file.open("wb")

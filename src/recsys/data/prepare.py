@@ -26,10 +26,11 @@ from recsys.artifacts import (
     write_manifest,
     writing,
 )
+from recsys.data.admission import PENDING, waiting
 from recsys.data.coding import CODES, RANKED, encoded, filtered
 from recsys.data.dataset import Dataset
 from recsys.data.engines import Engine, batches, count, engine_of, keep
-from recsys.data.features import check_key, feature_kinds
+from recsys.data.features import check_key, feature_kinds, write_features
 from recsys.data.flat import (
     any_value,
     index_items,
@@ -75,19 +76,29 @@ def prepare(
     facts = resolved(chosen, source, rule)
     lasting = {name: value for name, value in facts.items() if name not in STAYS_THE_SAME}
     path = workspace.folder("dataset") / f"{chosen.name}-{fingerprint(lasting)[:8]}"
-    if not _is_ready(path):
-        with (
-            _scratch(path.parent, chosen) as scratch,
-            engine_of(chosen, scratch) as engine,
-            writing(path) as folder,
-            _room(path.parent, chosen, facts),
-        ):
+    if not is_ready(path):
+        with making(path, chosen, facts) as (engine, folder, scratch):
             _make(engine, folder, scratch, chosen, source, rule, facts, stage)
     workspace.mark_latest("dataset", path)
     return Dataset(path)
 
 
-def _is_ready(path: Path) -> bool:
+@contextmanager
+def making(
+    path: Path, settings: PrepareSettings, facts: dict[str, Any]
+) -> Iterator[tuple[Engine, Path, Path]]:
+    """Yield an engine, the folder that becomes the dataset `path`, and one for scratch files."""
+    with (
+        _scratch(path.parent, settings) as scratch,
+        engine_of(settings, scratch) as engine,
+        writing(path) as folder,
+        _room(path.parent, settings, facts),
+    ):
+        yield engine, folder, scratch
+
+
+def is_ready(path: Path) -> bool:
+    """Return whether there is a whole dataset."""
     with suppress(InputError):
         return bool(read_manifest(path, "dataset") and Dataset(path))
     return False
@@ -108,8 +119,8 @@ def _make(
     stage("reading")
     tables = engine.read(source, Path(settings.path) if settings.path else None, scratch)
     _check_time(rule, tables.has_time)
-    item_kinds = _kinds(tables.items, "item_id", settings.item_features)
-    user_kinds = _kinds(tables.users, "user_id", settings.user_features)
+    item_kinds = table_kinds(tables.items, "item_id", settings.item_features)
+    user_kinds = table_kinds(tables.users, "user_id", settings.user_features)
     con = engine.local
     shown = _shown(con, tables, settings.request_features)
     ids = None if shown is None else _ids_of(engine, shown)
@@ -128,6 +139,9 @@ def _make(
     popularity = _with_shown_items(popularity, known, settings, shown)
     write_items(con, known.items, popularity, tables.items, item_kinds, folder)
     write_users(con, known.users, known.ranked, tables.users, user_kinds, folder)
+    if kept.dropped["rare"] and settings.k_core is None:
+        rare = engine.batches(waiting(kept.rare, coded.users, coded.items))
+        write_features(rare, folder / PENDING, "user_id", {})
     if shown is not None:
         stage("writing impressions")
     impressions = _write_shown(con, shown, known, folder)
@@ -146,6 +160,7 @@ def _make(
         item_features=item_kinds,
         user_features=user_kinds,
         impressions=impressions,
+        log_columns=dict(tables.columns),
         prepare=facts,
         source_rows=count(coded.events) + sum(tables.dropped.values()),
         dropped={**tables.dropped, **kept.dropped, **tables.dropped_requests},
@@ -162,7 +177,8 @@ def _check_time(rule: SplitRule, has_time: bool) -> None:
         )
 
 
-def _kinds(table: ibis.Table | None, key: str, declared: Mapping[str, str]) -> dict[str, str]:
+def table_kinds(table: ibis.Table | None, key: str, declared: Mapping[str, str]) -> dict[str, str]:
+    """Return column → kind of a feature table, {} where there is none; check its key."""
     if table is None:
         if declared:
             raise InputError(

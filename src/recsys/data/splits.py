@@ -14,6 +14,10 @@ from recsys.schema import InputError, suggestion
 
 CHUNK = 4_000_000
 """Events looked at together, so that memory does not grow with the log."""
+DAY = 86_400_000
+"""Milliseconds."""
+FOREVER = -(2**63)
+"""A moment before all events."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,24 @@ class LeaveOneOut:
 
 @dataclass(frozen=True)
 class Temporal:
-    """One moment for all users: the newest `test_share` of events tests, those before validate."""
+    """One moment for all users: the newest `test_share` of events tests, those before validate.
+
+    With `validation_days` and `test_days`, periods counted back from the newest event instead.
+    """
 
     validation_share: float = 0.1
     test_share: float = 0.1
+    validation_days: float | None = None
+    test_days: float | None = None
     rule: str = "temporal"
 
     def __post_init__(self) -> None:
+        days = [self.validation_days, self.test_days]
+        if any(one is not None for one in days) and not all(one and one > 0 for one in days):
+            raise InputError(
+                f"split: validation_days={self.validation_days}, test_days={self.test_days}; "
+                "expected days above 0 for both, or null for both"
+            )
         for name in ("validation_share", "test_share"):
             if not 0 < float(getattr(self, name)) < 1:
                 raise InputError(f"split.{name}={getattr(self, name)}: expected between 0 and 1")
@@ -65,18 +80,31 @@ class Temporal:
 
     def place(self, times: NDArray[np.int64], offsets: NDArray[np.int64]) -> dict[str, Any]:
         """Return the rule with its two moments in milliseconds."""
-        total = len(times)
-        validation_from = moment_at(
-            times, int(total * (1 - self.validation_share - self.test_share))
-        )
-        test_from = moment_at(times, int(total * (1 - self.test_share)))
+        validation_from, test_from = self._moments(times)
         if not int(times.min()) < validation_from < test_from:
+            said = ", ".join(f"{name}={value}" for name, value in self._chosen().items())
             raise InputError(
-                f"split=temporal cannot cut {total} events: too many share one moment for "
-                f"validation_share={self.validation_share}, test_share={self.test_share}. "
-                "Make the shares larger or type split=leave_one_out"
+                f"split=temporal cannot cut {len(times)} events by {said}: too many share one "
+                "moment, or none is left to train on. Choose others, give a longer log, or type "
+                "split=leave_one_out"
             )
-        return asdict(self) | {"validation_from": validation_from, "test_from": test_from}
+        moments = {"validation_from": validation_from, "test_from": test_from}
+        return self._chosen() | {"rule": self.rule} | moments
+
+    def _moments(self, times: NDArray[np.int64]) -> tuple[int, int]:
+        if self.validation_days is None or self.test_days is None:
+            shares = (1 - self.validation_share - self.test_share, 1 - self.test_share)
+            first, second = (moment_at(times, int(len(times) * share)) for share in shares)
+            return first, second
+        end = int(times.max()) + 1
+        test_from = end - round(self.test_days * DAY)
+        return test_from - round(self.validation_days * DAY), test_from
+
+    def _chosen(self) -> dict[str, float | None]:
+        """Return the settings that count: days where they are given, else shares."""
+        unit = "share" if self.test_days is None else "days"
+        names = f"validation_{unit}", f"test_{unit}"
+        return {name: getattr(self, name) for name in names}
 
     def trains(
         self, items: NDArray[np.int32], times: NDArray[np.int64], offsets: NDArray[np.int64]
@@ -112,6 +140,16 @@ def split_rule(settings: Mapping[str, Any]) -> SplitRule:
                 + suggestion(str(name), known)
             )
     return RULES[rule](**{name: settings[name] for name in settings})
+
+
+def rule_of(placed: Mapping[str, Any]) -> SplitRule:
+    """Return the rule of a manifest, without the moments that it had there.
+
+    >>> placed = {"rule": "temporal", "validation_days": 1, "test_days": 2, "test_from": 5}
+    >>> rule_of(placed).test_days
+    2
+    """
+    return split_rule({k: v for k, v in placed.items() if not k.endswith("_from")})
 
 
 def moment_at(times: NDArray[np.int64], place: int) -> int:

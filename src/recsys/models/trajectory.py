@@ -101,8 +101,8 @@ class Trajectory(nn.Module):
         return query_BHD if self.context is None else self.context(query_BHD, batch)
 
     def training_pairs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return query_PD (query_PHD of several interests) and target_P of the real positions."""
-        real_RL = batch["segments"] > 0
+        """Return query_PD (query_PHD of several interests) and target_P of positions with one."""
+        real_RL = batch["targets"] > 0
         hidden_RLHD, mean_RLD = self._read(batch, Path.packed(batch))
         query_PHD, target_P = hidden_RLHD[real_RL], batch["targets"][real_RL]
         if self.blend is not None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from hydra.utils import instantiate
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 from torch import nn
 
-from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset
-from recsys.evaluation.scorers import ModelScorer
+from recsys.evaluation.scorers import ModelScorer, Scorer
 from recsys.models.tables import sharded_tables
 from recsys.schema import InputError
 from recsys.training.callbacks import FullRanking, averaged
@@ -32,13 +30,27 @@ class RetrievalJob:
         _check_lazy(config)
         self.config, self.dataset = config, dataset
         model = build_model(config, dataset)
-        self.batches = instantiate(
-            config.batches, dataset=dataset, seed=config.seed, length=config.model.max_length
-        )
-        self.module = _module(config, model, Catalogue.of(dataset).train_count)
+        self.batches = self._batches()
+        self.module = _module(config, model, self._target_share())
         averaging = averaged(config.averaging, self.batches.steps)
         self.validation = FullRanking(dataset, config.evaluation.exclude_seen, averaging)
         self.lineage: dict[str, Any] = {}
+
+    def _batches(self) -> Any:
+        return instantiate(
+            self.config.batches,
+            dataset=self.dataset,
+            seed=self.config.seed,
+            length=self.config.model.max_length,
+        )
+
+    def _target_share(self) -> NDArray[Any]:
+        """Return what each item's share of the targets is in proportion to: [N + 1]."""
+        return self.dataset.train_count
+
+    def _beside(self) -> list[Scorer]:
+        """Return what the test puts beside the baselines."""
+        return []
 
     def begin(self, folder: Path) -> None:
         """Put the item vectors where a new training starts."""
@@ -54,7 +66,7 @@ class RetrievalJob:
         name = short_name(self.config.model._target_)
         scorer = ModelScorer(self.module.model.eval().cpu(), name=name)
         exclude = self.config.evaluation.exclude_seen
-        return rank_test(folder, self.dataset, scorer, self.validation, exclude)
+        return rank_test(folder, self.dataset, scorer, self.validation, exclude, self._beside())
 
 
 def _check_lazy(config: DictConfig) -> None:
@@ -66,7 +78,7 @@ def _check_lazy(config: DictConfig) -> None:
         )
 
 
-def _module(config: DictConfig, model: nn.Module, counts: NDArray[np.int64]) -> RetrieverModule:
+def _module(config: DictConfig, model: nn.Module, counts: NDArray[Any]) -> RetrieverModule:
     loss, optimizer = instantiate(config.loss), instantiate(config.optimizer)
     count, objective = torch.from_numpy(counts), Objective(**config.objective)
     parts = (model, loss, optimizer, count, config.seed, objective)

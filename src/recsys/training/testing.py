@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from recsys.evaluation.baselines import baselines
 from recsys.evaluation.plots import learning_curves, scorer_bars, slice_bars
 from recsys.evaluation.protocol import Evaluation, evaluate
 from recsys.evaluation.report import report_table, slices_table
-from recsys.evaluation.scorers import ModelScorer
+from recsys.evaluation.scorers import ModelScorer, Scorer
 from recsys.evaluation.significance import RANKS, Comparison, compare_evaluations
 from recsys.training.callbacks import Validation
 
@@ -88,12 +88,13 @@ def rank_test(
     scorer: ModelScorer,
     validation: Validation,
     exclude_seen: bool,
+    beside: Sequence[Scorer] = (),
 ) -> Tested:
-    """Rank the test part by a model and by the baselines, and write ranks and plots.
+    """Rank the test part by a model, the baselines and `beside`, and write ranks and plots.
 
     Every process of a training calls it, and each ranks its share of the users.
     """
-    scorers = [scorer, *baselines(dataset)]
+    scorers = [scorer, *beside, *baselines(dataset)]
     truth = truth_of(dataset)
     scorers += [truth] if truth else []
     rows = {

@@ -30,8 +30,8 @@ class Tracker(Protocol):
     def logger(self) -> Logger | bool:
         """What Lightning logs to; False: nothing."""
 
-    def start(self, config: DictConfig, dataset: Dataset) -> None:
-        """Note the resolved config and the dataset's lineage."""
+    def start(self, config: DictConfig, dataset: Dataset, lineage: Mapping[str, Any]) -> None:
+        """Note the resolved config, the dataset's lineage, and that of the run."""
 
     def finish(self, metrics: Mapping[str, float], files: list[Path]) -> None:
         """Note final metrics and keep `files` as artifacts."""
@@ -42,7 +42,7 @@ class Silent:
 
     run_id, logger = None, False
 
-    def start(self, config: DictConfig, dataset: Dataset) -> None:
+    def start(self, config: DictConfig, dataset: Dataset, lineage: Mapping[str, Any]) -> None:
         """The first process notes it."""
 
     def finish(self, metrics: Mapping[str, float], files: list[Path]) -> None:
@@ -57,7 +57,7 @@ class CsvTracker:
     def __init__(self, folder: Path) -> None:
         self.logger = CSVLogger(folder, name="csv")
 
-    def start(self, config: DictConfig, dataset: Dataset) -> None:
+    def start(self, config: DictConfig, dataset: Dataset, lineage: Mapping[str, Any]) -> None:
         """Nothing more to note: the run directory holds its config."""
 
     def finish(self, metrics: Mapping[str, float], files: list[Path]) -> None:
@@ -99,7 +99,7 @@ class MlflowTracker:
         )
         self.run_id: str = self.logger.run_id  # type: ignore[assignment]
 
-    def start(self, config: DictConfig, dataset: Dataset) -> None:
+    def start(self, config: DictConfig, dataset: Dataset, lineage: Mapping[str, Any]) -> None:
         """Log parameters, the config as a file, tags, and the dataset as an input."""
         from mlflow.entities import Dataset as Input
         from mlflow.entities import DatasetInput
@@ -113,7 +113,7 @@ class MlflowTracker:
         client.set_experiment_tag(experiment, "mlflow.experimentKind", "custom_model_development")
         self.logger.log_hyperparams(_parameters(config))
         client.log_text(self.run_id, OmegaConf.to_yaml(config), "config.yaml")
-        for key, value in _tags(config).items():
+        for key, value in (_tags(config) | _parents(lineage)).items():
             client.set_tag(self.run_id, key, value)
         facts = {"name": dataset.name, "digest": dataset.fingerprint}
         source = Input(source_type="local", source=str(dataset.path), **facts)
@@ -175,6 +175,20 @@ def _tags(config: DictConfig) -> dict[str, str]:
     }
     commit = _git_commit()
     return tags | ({"mlflow.source.git.commit": commit} if commit else {})
+
+
+def _parents(lineage: Mapping[str, Any]) -> dict[str, str]:
+    """Return tags that tell which runs a continued one comes from.
+
+    >>> _parents({"parent": {"name": "b", "mlflow_run_id": None}, "chain": ["a", "b"]})
+    {'parent_run': 'b', 'chain': 'a > b', 'generation': '2'}
+    """
+    if "parent" not in lineage:
+        return {}
+    parent, chain = lineage["parent"], lineage["chain"]
+    tags = {"parent_run": parent["name"], "parent_run_id": parent["mlflow_run_id"]}
+    tags |= {"chain": " > ".join(chain), "generation": str(len(chain))}
+    return {name: value for name, value in tags.items() if value}
 
 
 def _device() -> str:

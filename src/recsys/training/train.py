@@ -147,7 +147,10 @@ def resume(folder: Path, workspace: Workspace) -> Trained:
     """Go on with an interrupted run, in the same MLflow run, at the batch after its checkpoint."""
     config = read_config(folder)
     if (folder / MANIFEST).is_file():
-        raise InputError(f"run {folder.name} is finished; evaluate it: recsys evaluate {folder}")
+        raise InputError(
+            f"run {folder.name} is finished; evaluate it: recsys evaluate {folder}, or train a new "
+            f"run from its weights on new days: resume_from={folder.name} data.dataset=GROWN"
+        )
     if not (folder / STATE).is_file():
         raise InputError(f"{folder}: no {STATE} in it; train it anew")
     if launched():
@@ -211,6 +214,10 @@ def retest(folder: Path, workspace: Workspace) -> Trained:
 def _assemble(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Job:
     """Make all that a setting could be wrong for, before anything is written."""
     pl.seed_everything(config.seed, verbose=False)
+    if config.get("resume_from") is not None:
+        from recsys.training.warm import ContinuedJob
+
+        return ContinuedJob(config, dataset, workspace)
     model, batches = (get_object(config[part]._target_) for part in ("model", "batches"))
     if batches.layout != model.layout:
         raise InputError(
@@ -235,7 +242,7 @@ def _run(
     workspace: Workspace,
 ) -> Trained:
     started = time.perf_counter()
-    tracker.start(config, job.dataset)
+    tracker.start(config, job.dataset, job.lineage)
     _fit(config, folder, job, tracker)
     seconds = time.perf_counter() - started
     facts = {

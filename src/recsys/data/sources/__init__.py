@@ -32,6 +32,8 @@ class Tables(NamedTuple):
     dropped_requests: how many requests of impressions the source left out, by reason.
     skipped: files and parts of files that could not be read and were left out.
     blaming: to read the events in, so that a file which cannot be read is named.
+    columns: our name of each column that the log has → what is in it, `untyped` for text files;
+    empty for a source whose columns cannot change from one day to the next.
     """
 
     events: ibis.Table
@@ -44,6 +46,7 @@ class Tables(NamedTuple):
     dropped_requests: Mapping[str, int] = MappingProxyType({})
     skipped: Sequence[str] = ()
     blaming: Callable[[], AbstractContextManager[None]] = nullcontext
+    columns: Mapping[str, str] = MappingProxyType({})
 
 
 def no_events() -> ibis.Table:

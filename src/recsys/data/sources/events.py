@@ -23,7 +23,15 @@ from recsys.data.sources.files import (
     parquet_parts,
     reading,
 )
-from recsys.data.sources.parts import Skipped, check_alike, columns_of, parts_of, readable
+from recsys.data.sources.parts import (
+    Part,
+    Skipped,
+    check_alike,
+    columns_of,
+    kind_of,
+    parts_of,
+    readable,
+)
 from recsys.data.sources.parts import blaming as blame
 from recsys.schema import EVENT_COLUMNS, InputError, suggestion
 
@@ -32,15 +40,18 @@ if TYPE_CHECKING:
 
 COLUMNS = {name: name for name in (*EVENT_COLUMNS, "event_type", "value")}
 OPTIONAL = ("event_type", "value")
+UNTYPED = "untyped"
+"""What is in the columns of a text file, and in one of nulls: they go with any type."""
 SHOWN = ("user_id", "item_id", "timestamp", "request_id", "position", "propensity", "part")
 """Columns of impressions that are neither labels nor context."""
 
 
 class ReadLog(NamedTuple):
-    """Checked events, whether they have times, and what could not be read."""
+    """Checked events, whether they have times, what could not be read, and what columns hold."""
 
     events: ibis.Table
     has_time: bool
+    columns: Mapping[str, str]
     skipped: Skipped = Skipped()
     blaming: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -80,7 +91,7 @@ class Events:
         """Read as `read` does, but events in Parquet through `opened`."""
         shown, shown_has_time = self._shown(con)
         if path is None and shown is not None:
-            log = ReadLog(no_events(), shown_has_time)
+            log = ReadLog(no_events(), shown_has_time, {})
         elif _kind(found := existing(path)) == "parquet":
             log = self._parquet(opened, found, scratch)
         else:
@@ -102,6 +113,7 @@ class Events:
             dropped={"unreadable": log.skipped.rows} if log.skipped.what else {},
             skipped=log.skipped.what,
             blaming=log.blaming,
+            columns=log.columns,
         )
 
     def _parquet(self, opened: OpenParquet, found: Path, scratch: Path) -> ReadLog:
@@ -118,7 +130,8 @@ class Events:
             raw = opened(parts, columns)
             table = raw.select(row=raw[ROW], **{ours: raw[name] for ours, name in names.items()})
             events = Log(table, found.name, names, self.event_types).events()
-        return ReadLog(events, "timestamp" in names, skipped, blaming)
+        kinds = {ours: _kind_in(parts, theirs) for ours, theirs in names.items()}
+        return ReadLog(events, "timestamp" in names, kinds, skipped, blaming)
 
     def _text(self, con: ibis.BaseBackend, found: Path) -> ReadLog:
         """Return checked events of delimited text."""
@@ -132,7 +145,7 @@ class Events:
         names = self._mapped(raw.columns, found)
         chosen = raw.select(**{ours: raw[theirs] for ours, theirs in names.items()})
         log = Log(kept_rows(con, "raw_events", chosen, found), found.name, names, self.event_types)
-        return ReadLog(log.events(), "timestamp" in names)
+        return ReadLog(log.events(), "timestamp" in names, dict.fromkeys(names, UNTYPED))
 
     def _mapped(self, columns: Iterable[str], found: Path) -> dict[str, str]:
         wanted = {ours: str(theirs) for ours, theirs in self._wanted().items() if theirs}
@@ -182,6 +195,11 @@ class Events:
                     f"{', '.join(COLUMNS)}{suggestion(name, COLUMNS)}"
                 )
         return COLUMNS | dict(self.columns)
+
+
+def _kind_in(parts: Sequence[Part], name: str) -> str:
+    kinds = [kind_of(part.schema.field(name).type) for part in parts]
+    return next((kind for kind in kinds if kind != "nothing"), UNTYPED)
 
 
 def _files(found: Path) -> list[Path]:
