@@ -315,11 +315,12 @@ SUMMARY = """\
 | an epoch | {Item table/with row-wise} for the table | {Train/an epoch, one GPU}, one GPU (**not \
 measured**) | {Train/cost, one GPU} | row-wise Adagrad; sharded past one device |
 | index | {Index/IVF, SQ8} as SQ8 | {Index/building}, 2 cores | {Index/cost} | FAISS IVF |
-| serve, at the peak | {Serve/memory} a server | {Serve/servers} servers | {Serve/cost, an hour} an \
-hour | replicas behind a balancer |
-| paths | {State and log/paths in Redis} | {State and log/Redis} Redis processes | not reckoned | Redis |
-| logs | {State and log/answer log} a day on disk | with the servers | {State and log/cost} a month \
-| Parquet |"""
+| serve, at the peak | {Serve/memory} a server | {Serve/servers} servers | {Serve/cost, an hour} \
+an hour | replicas behind a balancer |
+| paths | {State and log/paths in Redis} | {State and log/Redis} Redis processes \
+| not reckoned | Redis |
+| logs | {State and log/answer log} a day on disk | with the servers | {State and log/cost} \
+a month | Parquet |"""
 
 
 def summary(p: Plan) -> str:
