@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
 
@@ -208,7 +209,7 @@ def train(p: Plan) -> Iterator[Row]:
     how = f"{n} / ({si(p.gpu_low)} to {si(p.gpu_high)} positions/s)"
     yield "an epoch, one GPU (**not measured**)", how, f"{span(quick)} to {span(slow)}"
     low, high = (dollars(seconds / HOUR * p.gpu_hour) for seconds in (quick, slow))
-    yield "cost", f"that × {dollars(p.gpu_hour)}", f"{low} to {high}"
+    yield "cost, one GPU", f"that × {dollars(p.gpu_hour)}", f"{low} to {high}"
 
 
 def index(p: Plan) -> Iterator[Row]:
@@ -307,54 +308,29 @@ SECTIONS = {
 }
 
 
-def result(section: str, what: str, p: Plan) -> str:
-    """Return the result of the first row of a section that begins so."""
-    return next(found for name, _, found in SECTIONS[section](p) if name.startswith(what))
+SUMMARY = """\
+| step | memory | time or machines | cost | engine |
+|---|---|---|---|---|
+| prepare | 2 GB by setting | {Prepare/DuckDB}, 2 cores | {Prepare/cost} | DuckDB |
+| an epoch | {Item table/with row-wise} for the table | {Train/an epoch, one GPU}, one GPU (**not \
+measured**) | {Train/cost, one GPU} | row-wise Adagrad; sharded past one device |
+| index | {Index/IVF, SQ8} as SQ8 | {Index/building}, 2 cores | {Index/cost} | FAISS IVF |
+| serve, at the peak | {Serve/memory} a server | {Serve/servers} servers | {Serve/cost, an hour} \
+an hour | replicas behind a balancer |
+| paths | {State and log/paths in Redis} | {State and log/Redis} Redis processes \
+| not reckoned | Redis |
+| logs | {State and log/answer log} a day on disk | with the servers | {State and log/cost} \
+a month | Parquet |"""
 
 
 def summary(p: Plan) -> str:
     """Return what each step needs as Markdown: memory, time or machines, cost, engine."""
-    night, gpu = result("Prepare", "DuckDB", p), result("Train", "an epoch, one GPU", p)
-    lines = [
-        ("prepare", "2 GB by setting", f"{night}, 2 cores", result("Prepare", "cost", p), "DuckDB"),
-        (
-            "an epoch",
-            f"{result('Item table', 'with row-wise', p)} for the table",
-            f"{gpu}, one GPU (**not measured**)",
-            list(train(p))[-1][2],
-            "row-wise Adagrad; sharded past one device",
-        ),
-        (
-            "index",
-            f"{result('Index', 'IVF, SQ8', p)} as SQ8",
-            f"{result('Index', 'building', p)}, 2 cores",
-            result("Index", "cost", p),
-            "FAISS IVF",
-        ),
-        (
-            "serve, at the peak",
-            f"{result('Serve', 'memory', p)} a server",
-            f"{result('Serve', 'servers', p)} servers of {p.machine_cores:.0f} cores",
-            f"{result('Serve', 'cost, an hour', p)} an hour",
-            "replicas behind a balancer",
-        ),
-        (
-            "paths",
-            result("State and log", "paths in Redis", p),
-            f"{result('State and log', 'Redis processes', p)} Redis processes",
-            "not reckoned",
-            "Redis",
-        ),
-        (
-            "logs",
-            f"{result('State and log', 'answer log', p)} a day on disk",
-            "with the servers",
-            f"{result('State and log', 'cost to keep', p)} a month",
-            "Parquet",
-        ),
-    ]
-    head = ["| step | memory | time or machines | cost | engine |", "|---|---|---|---|---|"]
-    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines)])
+
+    def result(met: re.Match[str]) -> str:
+        rows = SECTIONS[met[1]](p)
+        return next(found for what, _, found in rows if what.startswith(met[2]))
+
+    return re.sub(r"\{([^/]+)/([^}]+)\}", result, SUMMARY)
 
 
 def tables(plan: Plan) -> str:
