@@ -403,7 +403,7 @@ def test_refuses_another_format(place, tmp_path):
     else:
         with redis.Redis.from_url(place.address.partition("?")[0]) as client:
             client.set(f"{tmp_path.name}:format", "7")
-    with pytest.raises(InputError, match=r"holds format 7, this version reads format 1; serve it"):
+    with pytest.raises(InputError, match=r"holds format 7, this version reads format 2; serve it"):
         place.open()
 
 

@@ -104,7 +104,7 @@ def test_a_state_of_another_version_is_said(workspace: Workspace, tmp_path: Path
     with lmdb.open(str(tmp_path / "state"), max_dbs=5) as store, store.begin(write=True) as txn:
         txn.put(b"format", b"7", db=store.open_db(b"meta", txn=txn))
     said = refused(workspace, "--state", str(tmp_path))
-    assert "holds format 7, this version reads format 1; serve it with" in said
+    assert "holds format 7, this version reads format 2; serve it with" in said
 
 
 def test_a_bundle_deleted_while_loaded_goes_on_answering(tmp_path: Path) -> None:

@@ -127,13 +127,16 @@ def test_your_own_events(shop: Path) -> None:
 
 def while_it_runs(port: int, shop: Path) -> None:
     """Run what a running server is asked and told, and look at what it says."""
-    live, retrain, trial, about = blocks("While it runs")
+    live, items, retrain, trial, about = blocks("While it runs")
     post, _, known, batch, kept, erased = answers_to(live, port, shop)
     assert post == {"accepted": 1}
     assert (known["source"], known["history_used"]) == ("model", 1)
     assert [answer["source"] for answer in batch["answers"]] == ["model", "model"]
     assert [event["item_id"] for event in kept["events"]] == ["i7"]
     assert erased["events"] == 1
+    added, removed, listed, _ = answers_to(items, port, shop)
+    assert (added["by"], removed["repeated"]) == ("like", False)
+    assert [(one["item_id"], one["state"]) for one in listed["items"]] == [("i99", "removed")]
     wait_for_files(shop / "workspace" / "serving" / "log" / "events")
     *_, deployed, back = answers_to(retrain, port, shop)
     assert [deployed["generation"], back["generation"]] == [2, 3]

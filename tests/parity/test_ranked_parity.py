@@ -14,11 +14,9 @@ import torch
 
 from recsys.artifacts import Workspace, read_manifest
 from recsys.cli import main
-from recsys.data.dataset import Dataset
 from recsys.data.shown import as_model, asked
 from recsys.evaluation.scorers import EvaluationBatch
 from recsys.evaluation.two_stage import TwoStages
-from recsys.schema import EVENT_TYPES
 from recsys.serving.app import App
 from recsys.serving.deployment import Deployer, Record, self_test
 from recsys.serving.engine import Engine
@@ -28,6 +26,7 @@ from recsys.training.first_stage import Retrieval
 from recsys.training.ranker_runs import LoadedRanker, load_ranker
 from recsys.training.runs import load_run
 from recsys.training.task_test import Reranker
+from wire import history
 
 REQUESTS, K = 200, 10
 Ask = Callable[[str, list[dict[str, Any]]], list[dict[str, Any]]]
@@ -100,20 +99,6 @@ def ask(offline: Offline, trained_shop: Workspace) -> Iterator[Ask]:
     yield lambda url, bodies: asyncio.run(answers(url, bodies))
     service.close()
     deployer.close()
-
-
-def history(data: Dataset, batch: EvaluationBatch, b: int) -> list[dict[str, Any]]:
-    events = slice(*batch.histories.offsets[b : b + 2])
-    columns = (getattr(batch.histories, name)[events] for name in ("items", "types", "times"))
-    ids = data.items["item_id"]
-    return [
-        {
-            "item_id": ids[int(item) - 1].as_py(),
-            "event_type": EVENT_TYPES[int(kind) - 1],
-            "timestamp": int(time),
-        }
-        for item, kind, time in zip(*columns, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("exclude_seen", [True, False], ids=["unseen", "all"])

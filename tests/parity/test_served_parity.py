@@ -14,12 +14,12 @@ from recsys.cli import main
 from recsys.data.dataset import Dataset
 from recsys.evaluation.protocol import requests
 from recsys.evaluation.scorers import EvaluationBatch, ModelScorer
-from recsys.schema import EVENT_TYPES
 from recsys.serving.app import App
 from recsys.serving.deployment import Deployer, Record
 from recsys.serving.service import Service
 from recsys.serving.settings import ServeSettings
 from recsys.training.runs import load_run
+from wire import history
 
 USERS, K = 1000, 20
 SHOP = ["data=synthetic", f"data.source.num_users={USERS + 100}", "data.source.num_items=300"]
@@ -90,23 +90,6 @@ def top(
         rows = np.repeat(np.arange(len(batch)), batch.histories.lengths)
         scores_BN[rows, batch.histories.items] = -np.inf
     return [(row, np.sort(row)[::-1][:K]) for row in scores_BN]
-
-
-def history(dataset: Dataset, batch: EvaluationBatch, b: int) -> list[dict[str, Any]]:
-    ids = dataset.items["item_id"]
-    part = slice(batch.histories.offsets[b], batch.histories.offsets[b + 1])
-    paths = batch.histories
-    assert paths.values is not None
-    columns = (column[part] for column in (paths.items, paths.types, paths.times, paths.values))
-    return [
-        {
-            "item_id": ids[int(item) - 1].as_py(),
-            "event_type": EVENT_TYPES[int(kind) - 1],
-            "timestamp": int(time),
-            "value": None if np.isnan(value) else float(value),
-        }
-        for item, kind, time, value in zip(*columns, strict=True)
-    ]
 
 
 def check(answer: dict[str, Any], scores_N: np.ndarray, best_K: np.ndarray, data: Dataset) -> None:

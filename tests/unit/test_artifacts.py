@@ -38,7 +38,7 @@ def test_a_good_write_replaces_the_old_one_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 99}, "schema version 99; this recsys .* reads version 1"),
+        ({"schema_version": 99}, "schema version 99; this recsys .* reads version 2"),
         ({"kind": "bundle"}, "expected a dataset, found a bundle"),
     ],
 )

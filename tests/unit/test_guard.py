@@ -100,7 +100,7 @@ def test_a_file_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> No
     [
         (f"shop {SHOP}", "line 1: 2 words; expected 3: name scopes secret"),
         (f"# hello\nshop read {SHOP} {OPS}", "line 2: 4 words"),
-        (f"shop raed {SHOP}", "line 1: unknown scope; expected some of read,events,admin; did you"),
+        (f"shop raed {SHOP}", "unknown scope; expected some of read,events,items,admin; did you"),
         (f"shop {SHOP} read", "line 1: unknown scope"),
         (f"{SHOP}! read {OPS}", "a name is up to 64 letters"),
         (f"{SHOP} shop read", "line 1: unknown scope"),

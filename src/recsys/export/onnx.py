@@ -32,7 +32,7 @@ OPSET = 23
 """The first opset with attention as one node; at 20 a masked row gave NaN in ONNX Runtime."""
 TOLERANCE = 1e-4
 MAX_BATCH = 4096
-BY_LENGTH = ("items", "types", "gaps", "times", "path_codes")
+BY_LENGTH = ("items", "types", "gaps", "times", "values", "path_codes")
 """Inputs of shape [batch, length, …]."""
 BY_CANDIDATE = (
     "item_codes",

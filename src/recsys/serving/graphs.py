@@ -19,7 +19,7 @@ CUDA = ("CUDAExecutionProvider", CPU)
 PROVIDERS = {"cpu": (CPU,), "cuda": CUDA, "tensorrt": ("TensorrtExecutionProvider", *CUDA)}
 """What ONNX Runtime runs a graph with, by device; what one cannot run, the next one does."""
 ENCODED = (
-    *("items", "types", "gaps", "times", "lengths", "recency"),
+    *("items", "types", "gaps", "times", "values", "lengths", "recency"),
     *("request_gap", "request_hour", "request_weekday", "users"),
 )
 """Arrays that a server can give an encoder: those of `history.encode`, and `users`."""
