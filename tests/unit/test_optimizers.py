@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from recsys.launch import configure
 from recsys.optimizers import SMALL, LazyAdam
+from recsys.schema import InputError
+from recsys.training.retrieval import check_lazy
 
 READ = [torch.tensor(rows) for rows in ([1, 1, 5], [5, 9], [2], [1, 9, 9, 9], [0, 7])]
 
@@ -75,3 +79,16 @@ def test_large_tables_give_gradients_by_rows() -> None:
     model = nn.ModuleList([nn.Embedding(SMALL, 1), nn.Embedding(SMALL + 1, 1)])
     LazyAdam.prepare(model)
     assert [module.sparse for module in model] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("loss=full_softmax", "no effect with loss=full_softmax.*use loss=sampled_softmax"),
+        ("loss=sampled_softmax trainer=ddp", "for one process.*embedding=sharded"),
+    ],
+)
+def test_where_it_is_of_no_use(settings: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        check_lazy(configure(["optimizer=lazy_adam", *settings.split()]))
+    check_lazy(configure(["optimizer=lazy_adam", "loss=sampled_softmax"]))

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 from torch import nn
 
 from recsys.data.dataset import Dataset
 from recsys.evaluation.scorers import ModelScorer, Scorer
+from recsys.losses import full_softmax
 from recsys.models.tables import sharded_tables
+from recsys.optimizers import LazyAdam
 from recsys.schema import InputError
 from recsys.training.callbacks import FullRanking, averaged
 from recsys.training.module import Objective, RetrieverModule
@@ -27,7 +29,7 @@ class RetrievalJob:
 
     def __init__(self, config: DictConfig, dataset: Dataset) -> None:
         check_start(config.item_start)
-        _check_lazy(config)
+        check_lazy(config)
         self.config, self.dataset = config, dataset
         model = build_model(config, dataset)
         self.batches = self._batches()
@@ -69,12 +71,19 @@ class RetrievalJob:
         return rank_test(folder, self.dataset, scorer, self.validation, exclude, self._beside())
 
 
-def _check_lazy(config: DictConfig) -> None:
-    parts = short_name(config.optimizer._target_), short_name(config.loss._target_)
-    if parts == ("LazyAdam", "full_softmax"):
+def check_lazy(config: DictConfig) -> None:
+    """Raise InputError where an optimizer that moves rows alone has no effect, or cannot be."""
+    if get_object(config.optimizer._target_) is not LazyAdam:
+        return
+    if get_object(config.loss._target_) is full_softmax:
         raise InputError(
             "optimizer=lazy_adam has no effect with loss=full_softmax, which reads every item at "
             "each step; use loss=sampled_softmax, or optimizer=adam"
+        )
+    if str(config.trainer.get("strategy", "auto")).startswith("ddp"):
+        raise InputError(
+            "optimizer=lazy_adam is for one process: with trainer=ddp use embedding=sharded, whose "
+            "tables too move only in the rows that a step has read, or optimizer=adam"
         )
 
 
