@@ -11,7 +11,7 @@
 # From the environment:
 #   SOURCE      how LOG is read (data=events), as in SOURCE="data=served data.source.impressions=false"
 #   KEEP_DAYS   older events expire (null: none)
-#   TRAIN       settings of each training ("trainer.max_epochs=2 patience=null")
+#   TRAIN       settings of each training ("trainer.max_epochs=3 patience=null replay=0.7")
 #   NEW_BOUND   how much worse than the run before, untrained on the new days, it may be (0.02)
 #   OLD_BOUND   the same on the test part of the run before: what was forgotten (0.05)
 #   SERVER      promote there, as in http://localhost:8000; else in MLflow's registry
@@ -21,7 +21,7 @@ chain=${1:?name the chain: $usage}
 log=${2:?name the log of the new day: $usage}
 first=${3:-}
 read -ra source <<<"${SOURCE:-data=events}"
-read -ra settings <<<"${TRAIN:-trainer.max_epochs=2 patience=null}"
+read -ra settings <<<"${TRAIN:-trainer.max_epochs=3 patience=null replay=0.7}"
 
 home=${RECSYS_HOME:-workspace}
 state=$home/continual/$chain
