@@ -67,6 +67,7 @@ def make(folder: Path, bytes_: float) -> int:
         "num_items": ITEMS,
         "num_events": events,
         "has_time": True,
+        "has_values": False,
         "event_types": ["view", "purchase"],
         "split": {"rule": "leave_one_out"},
         "item_features": {},

@@ -89,6 +89,7 @@ def made_dataset(path: Path, users: int, items: int, mean_length: float, seed: i
             num_items=items,
             num_events=len(drawn),
             has_time=True,
+            has_values=False,
             event_types=list(EVENT_TYPES),
             split={"rule": "leave_one_out"},
             item_features={},

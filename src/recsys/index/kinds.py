@@ -28,7 +28,7 @@ CODEBOOK = 256
 """Centroids of a product quantiser's part: what one byte can name."""
 CHUNK_BYTES = 64 << 20
 """So much of the vectors is added at a time."""
-REFINES = (2, 4, 8, 16, 32)
+REFINES = (2, 4, 8, 16, 32, 64, 128)
 """Candidates for each answer that may be scored exactly, where the index holds codes alone."""
 
 Effort = int
