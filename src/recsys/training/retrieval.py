@@ -38,12 +38,13 @@ class RetrievalJob:
         self.validation = FullRanking(dataset, config.evaluation.exclude_seen, averaging)
         self.lineage: dict[str, Any] = {}
 
-    def _batches(self) -> Any:
+    def _batches(self, **more: Any) -> Any:
         return instantiate(
             self.config.batches,
             dataset=self.dataset,
             seed=self.config.seed,
             length=self.config.model.max_length,
+            **more,
         )
 
     def _target_share(self) -> NDArray[Any]:

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -164,14 +163,8 @@ class ContinuedJob(RetrievalJob):
                 "that run's training. Grow it by newer days first"
             )
 
-    def _batches(self) -> Any:
-        return instantiate(
-            self.config.batches,
-            dataset=self.dataset,
-            seed=self.config.seed,
-            length=self.config.model.max_length,
-            fresh=self.fresh,
-        )
+    def _batches(self, **more: Any) -> Any:
+        return super()._batches(fresh=self.fresh, **more)
 
     def _target_share(self) -> NDArray[Any]:
         return self.fresh.share(self.dataset)
