@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIN := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --custom-compile-command 'make constraints'
 
-.PHONY: help install sharded demo test lint gates bench bench-training bench-ranking faults constraints check-image clean
+.PHONY: help install sharded optional demo test lint gates bench bench-training bench-ranking faults constraints check-image clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
@@ -26,6 +26,10 @@ $(READY): pyproject.toml
 sharded: $(READY)  ## Add TorchRec, for embedding=sharded on a CPU
 	$(BIN)/python -m pip install --quiet --editable '.[sharded]'
 	$(BIN)/python -m pip install --quiet --no-deps torchrec==1.8.0
+
+optional: sharded  ## Tests of what CI leaves out: Spark (needs Java 17) and TorchRec
+	$(BIN)/python -m pip install --quiet --editable '.[spark]'
+	$(BIN)/python -m pytest -q tests/unit/test_spark.py tests/unit/test_sharded.py tests/e2e/test_spark_recommend.py tests/e2e/test_sharded_run.py
 
 demo: $(READY)  ## Synthetic shop: prepare, train both stages, export, serve, ask
 	$(BIN)/python scripts/demo.py

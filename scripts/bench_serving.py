@@ -1,13 +1,14 @@
 """Measure a served bundle: start, memory, latency, throughput, filters, events; beside others.
 
     python scripts/bench_serving.py --bundle latest              # ours: with a ranker and without
-    python scripts/bench_serving.py --bundle latest --beside     # and FastAPI and LitServe
+    python scripts/bench_serving.py --bundle latest --beside     # and bare, FastAPI, LitServe
 
 Everything that `recsys serve` does is on: paths, the log, limits, metrics. The client runs on the
 same machine, and its work is part of the figures. It asks for known users in turn, each with some
 posted events. Two stages: a stand-in ranker over 200 candidates (scripts/bench/ranked.py). At
-saturation wrk asks where it is installed (Debian's package wrk), since a client in Python would
-take a third of two cores. Prints a table and one JSON object; --only names some of the parts.
+saturation and over one connection wrk asks where it is installed (Debian's package wrk), since a
+client in Python would take a third of two cores, and of a millisecond. Prints a table and one JSON
+object; --only names some of the parts.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ request = function()
     '{"user_id": "' .. users[at] .. '", "k": 10}')
 end
 """
-OTHERS = {"FastAPI": "fastapi", "LitServe": "litserve"}
-"""To be installed by hand, for --beside: pip install fastapi litserve."""
+OTHERS = {"bare": "bare", "FastAPI": "fastapi", "LitServe": "litserve"}
+"""For --beside; two of them are to be installed by hand: pip install fastapi litserve."""
 console = Console(stderr=True)
 
 
@@ -162,6 +163,8 @@ def post_events(server: Running, users: list[str], items: list[str], each: int) 
 
 def sequential(server: Running, users: list[str], given: argparse.Namespace) -> Json:
     """One connection, one request after another."""
+    if shutil.which("wrk"):
+        return with_wrk(server, users, 1, given)
     run = closed_loop(
         server.target, shots(server.target, users), connections=1, seconds=given.seconds, warm=1
     )
@@ -353,7 +356,9 @@ def main() -> None:
     parser.add_argument("--posted", type=int, default=3, help="events posted of each beforehand")
     parser.add_argument("--stages", nargs="+", default=["two", "one"], choices=["two", "one"])
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--beside", action="store_true", help="FastAPI and LitServe as well")
+    parser.add_argument(
+        "--beside", nargs="*", choices=OTHERS, help="others as well: all, or those named"
+    )
     given = parser.parse_args()
     bundle = Workspace(given.workspace).find("bundle", given.bundle).resolve()
     report: Json = {}
@@ -363,8 +368,8 @@ def main() -> None:
             report["recsys, two stages"] = ours(two, given, Path(folder))
         if "one" in given.stages:
             report["recsys, retrieval"] = ours(bundle, given, Path(folder))
-        for name, module in OTHERS.items() if given.beside else ():
-            report[f"{name}, two stages"] = others(module, two, given)
+        for name in () if given.beside is None else given.beside or OTHERS:
+            report[f"{name}, two stages"] = others(OTHERS[name], two, given)
     Console().print(table(report))
     print(json.dumps(report))
 

@@ -366,7 +366,7 @@ def test_an_erased_user_is_nobody_to_the_bundle(reading: Engine, placed: Engine)
     counts = [reading.stored_events("u0", START + day * DAY) for day in (-1, 0, 1, 2)]
     assert counts == [3, 2, 1, 0]
     assert (reading.stored_events("u0"), reading.stored_events("nobody")) == (3, 0)
-    assert placed._read(RecommendRequest(user_id="u0"), live(erased_before=1)).out == set()
+    assert placed._read(RecommendRequest(user_id="u0"), live(erased_before=1)).out.size == 0
 
 
 def test_a_request_from_before_the_newest_event_is_answered(reading: Engine) -> None:

@@ -22,6 +22,7 @@ from recsys.client import ranking
 from recsys.features import Features, ItemTable, gather
 from recsys.history import Histories, encode
 from recsys.index.bundle import Bundle
+from recsys.index.search import Hits
 from recsys.schema import InputError
 from recsys.serving import parts
 from recsys.serving.app import App
@@ -402,10 +403,11 @@ def test_diversity_is_maximal_marginal_relevance(diversity: float) -> None:
     rng = np.random.default_rng(3)
     vectors = rng.normal(size=(40, 6)).astype(np.float32)
     scores = np.sort(rng.normal(size=40))[::-1].tolist()
-    items, kept = diverse(([*range(1, 41)], scores), 12, diversity, vectors, None, [])
+    hits = np.arange(1, 41), np.array(scores)
+    items, kept = diverse(hits, 12, diversity, vectors, None, [])
     expected = slow_mmr(scores, vectors, 12, diversity)
     assert [item - 1 for item in items] == expected
-    assert kept == [scores[place] for place in expected]
+    assert kept.tolist() == [scores[place] for place in expected]
 
 
 def test_a_diverse_answer_mixes_aisles_and_keeps_its_rules(plain: Engine) -> None:
@@ -423,10 +425,14 @@ def test_a_diverse_answer_mixes_aisles_and_keeps_its_rules(plain: Engine) -> Non
     assert len({item.category for item in newcomer.items}) == 4
 
 
+def hits(items: list[int], best: float) -> Hits:
+    return np.array(items, np.int64), best - np.arange(float(len(items)))
+
+
 def test_exploration_shows_each_item_as_often_as_it_says() -> None:
     """Of each (item, place) the share of 40,000 answers is its propensity."""
     rng = np.random.default_rng(1)
-    top, tail = ([1, 2, 3], [9.0, 8.0, 7.0]), ([4, 5, 6, 7], [6.0, 5.0, 4.0, 3.0])
+    top, tail = hits([1, 2, 3], 9), hits([4, 5, 6, 7], 6)
     shown: Counter[tuple[int, int]] = Counter()
     said: dict[tuple[int, int], float] = {}
     for _ in range(40_000):
@@ -444,17 +450,17 @@ def test_exploration_shows_each_item_as_often_as_it_says() -> None:
 
 def test_exploration_with_a_cap_and_with_a_short_tail() -> None:
     categories = [None, "a", "b", "a", "b", "a", ["a", "b"], None]
-    ranked = [1, 2, 3, 4, 5, 6, 7], [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    ranked = hits([1, 2, 3, 4, 5, 6, 7], 7)
     vectors = np.eye(7, dtype=np.float32)
     rng = np.random.default_rng(2)
     for _ in range(200):
         answer = arranged(ranked, 2, Rules(1, None, 0.0, 0.9), categories, vectors, rng)
         assert Counter(categories[item] for item in answer.items) == {"a": 1, "b": 1}
-    short = explored(([1, 2, 3], [3.0, 2.0, 1.0]), ([4], [0.5]), 1.0, rng)
+    short = explored(hits([1, 2, 3], 4), hits([4], 1), 1.0, rng)
     assert (short.items, short.propensities) == ([4, 2, 3], [1.0, 1.0, 1.0])
-    none = explored(([1, 2], [2.0, 1.0]), ([], []), 0.5, rng)
+    none = explored(hits([1, 2], 2), hits([], 0), 0.5, rng)
     assert (none.items, none.propensities) == ([1, 2], [1.0, 1.0])
-    assert explored(([], []), ([], []), 0.5, rng).items == []
+    assert explored(hits([], 0), hits([], 0), 0.5, rng).items == []
 
 
 def test_exploration_is_in_the_answer_and_can_be_repeated(engine: Engine) -> None:

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys.config import config_dir
+from recsys.data.features import regrouped
 from recsys.features import Features, declare, gather
 from recsys.history import Histories
 from recsys.schema import InputError, type_code
@@ -599,3 +600,14 @@ def test_serving_features_needs_no_training_library() -> None:
     code = "import sys, recsys.features; print({'torch', 'ibis', 'hydra'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("sizes", [[0], [4], [5], [1, 0, 7, 3], [23], [2] * 11])
+def test_the_same_rows_make_the_same_groups(sizes: list[int]) -> None:
+    whole = pa.record_batch({"n": pa.array(range(sum(sizes)), pa.int64())})
+    starts = np.cumsum([0, *sizes])
+    cut = [whole.slice(start, size) for start, size in zip(starts, sizes, strict=False)]
+    groups = list(regrouped(cut, 4))
+    assert [group["n"].to_pylist() for group in groups] == [
+        list(range(start, min(start + 4, sum(sizes)))) for start in range(0, max(sum(sizes), 1), 4)
+    ]

@@ -117,3 +117,67 @@ def test_a_job_given_up_before_its_turn_is_passed_over() -> None:
 
     asyncio.run(main())
     assert done == [1, 3]
+
+
+def test_a_quick_job_that_is_alone_is_answered_on_the_loop() -> None:
+    """Once others were; one of several, or a heavy one, is for a thread."""
+    where: list[str] = []
+
+    def work(jobs: Sequence[int]) -> list[int]:
+        where.extend(threading.current_thread().name for _ in jobs)
+        return list(jobs)
+
+    async def main() -> None:
+        lanes: Lanes[int, int] = Lanes(work, name="lane", light=lambda job: job > 0)
+        for _ in range(10):  # nothing is known of them yet
+            await lanes.submit(1)
+        assert set(where) == {"lane-0"}
+        lanes.slowest = 0.0
+        await lanes.submit(1)
+        assert where[-1] == threading.current_thread().name
+        where.clear()
+        lanes.slowest = 0.0
+        await asyncio.gather(*(lanes.submit(n) for n in (1, 2, 3)))
+        await lanes.submit(0)
+        assert set(where) == {"lane-0"}
+        assert lanes.pending == 0
+        lanes.close()
+
+    asyncio.run(main())
+
+
+def test_after_a_slow_answer_the_loop_is_left_alone() -> None:
+    where: list[str] = []
+
+    def work(jobs: Sequence[float]) -> list[float]:
+        time.sleep(jobs[0])
+        where.append(threading.current_thread().name)
+        return list(jobs)
+
+    async def main() -> None:
+        lanes: Lanes[float, float] = Lanes(work, name="lane", light=lambda job: True)
+        lanes.slowest = 0.0
+        for seconds in (0.05, 0.0, 0.05):
+            await lanes.submit(seconds)
+        assert where == [threading.current_thread().name, "lane-0", "lane-0"]
+        lanes.close()
+
+    asyncio.run(main())
+
+
+def test_a_job_that_fails_on_the_loop_fails_alone() -> None:
+    def work(jobs: Sequence[int]) -> list[int]:
+        if jobs[0] < 0:
+            raise ValueError("negative")
+        return list(jobs)
+
+    async def main() -> None:
+        lanes: Lanes[int, int] = Lanes(work, light=lambda job: True)
+        lanes.slowest = 0.0
+        with pytest.raises(ValueError, match="negative"):
+            await lanes.submit(-1)
+        assert await lanes.submit(2) == 2
+        assert lanes.pending == 0
+        lanes.close()
+
+    asyncio.run(main())

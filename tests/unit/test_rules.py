@@ -50,7 +50,7 @@ class Known:
         self.widths.append(width)
         order = [i for i in np.argsort(-self.scores, kind="stable").tolist() if i not in self.out]
         kept = [i for i in order if i][:width]
-        return kept, self.scores[kept].tolist()
+        return np.array(kept, np.int64), self.scores[kept]
 
     def score(self, indices: np.ndarray) -> np.ndarray:
         return self.scores[indices]
@@ -84,7 +84,7 @@ def ruled(source: Known, asked: Boosts, cap: int | None, k: int) -> list[int]:
         hits, complete = boosted(source, boost, width)
         return capped(hits, cap, k, CATALOGUE.categories), complete
 
-    return until_enough(k, k, attempt)[0]
+    return until_enough(k, k, attempt)[0].tolist()
 
 
 ASKED = [
@@ -123,11 +123,12 @@ def test_a_cap_looks_further_only_as_far_as_it_must() -> None:
 
 def test_an_item_of_several_categories_counts_in_each() -> None:
     categories = [None, ["a", "b"], "a", ["b", "c"], [], None, ["c", "c"], "c"]
-    hits = ([1, 2, 3, 4, 5, 6, 7], [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
-    assert capped(hits, 1, 10, categories) == ([1, 4, 5, 6], [7.0, 4.0, 3.0, 2.0])
-    assert capped(hits, 2, 10, categories)[0] == [1, 2, 3, 4, 5, 6]
-    assert capped(hits, 2, 3, categories)[0] == [1, 2, 3]
-    assert capped(hits, None, 3, categories)[0] == [1, 2, 3]
+    hits = np.arange(1, 8), np.arange(7.0, 0.0, -1.0)
+    once = capped(hits, 1, 10, categories)
+    assert (once[0].tolist(), once[1].tolist()) == ([1, 4, 5, 6], [7.0, 4.0, 3.0, 2.0])
+    assert capped(hits, 2, 10, categories)[0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert capped(hits, 2, 3, categories)[0].tolist() == [1, 2, 3]
+    assert capped(hits, None, 3, categories)[0].tolist() == [1, 2, 3]
 
 
 def test_boosts_of_one_item_add_up() -> None:

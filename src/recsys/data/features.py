@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ TEXT_NAMES = ("title", "name", "description", "text")
 RESERVED = ("count", "train_count", "user", "item", "rank")
 SEPARATOR = "|"
 """Between the values of a text column that the config declares `multi`."""
+GROUP = 131_072
+"""Rows of a row group."""
 
 
 def feature_kinds(table: ibis.Table, key: str, declared: Mapping[str, str]) -> dict[str, str]:
@@ -102,18 +104,37 @@ def check_key(table: ibis.Table, key: str) -> None:
 def write_features(
     batches: Iterable[pa.RecordBatch], file: Path, key: str, kinds: Mapping[str, str]
 ) -> None:
-    """Write record batches to Parquet, refusing numbers that are not finite and ragged vectors."""
+    """Write record batches to Parquet, refusing numbers that are not finite and ragged vectors.
+
+    The file's bytes follow from the rows and their order alone, however they were batched.
+    """
     import pyarrow.parquet as pq
 
     widths: dict[str, int] = {}
     writer: Any = None
-    for batch in batches:
+    for batch in regrouped(batches, GROUP):
         for name, kind in kinds.items():
             _check(batch, key, name, kind, widths)
         writer = writer or pq.ParquetWriter(file, batch.schema)
         writer.write_batch(batch)
     assert writer is not None, f"{file}: no rows to write"
     writer.close()
+
+
+def regrouped(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield the same rows, `rows` at a time, and at the end what is left of them, perhaps none."""
+    import pyarrow as pa
+
+    waiting: list[pa.RecordBatch] = []
+    room = rows
+    for batch in batches:
+        while len(batch) > room:
+            yield pa.concat_batches([*waiting, batch.slice(0, room)])
+            batch, waiting, room = batch.slice(room), [], rows
+        waiting.append(batch)
+        room -= len(batch)
+    if waiting:
+        yield pa.concat_batches(waiting)
 
 
 def _check(batch: pa.RecordBatch, key: str, name: str, kind: str, widths: dict[str, int]) -> None:

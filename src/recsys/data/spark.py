@@ -122,10 +122,11 @@ class Spark:
     def batches(self, table: ibis.Table) -> Iterator[pa.RecordBatch]:
         """Write a table sorted, and stream its row groups: the driver holds CHUNK rows at most."""
         parts = self._write("streamed", table)
-        yield pa.RecordBatch.from_pylist([], parts[0].schema)
+        yield pa.RecordBatch.from_pylist([], parts[0].schema.remove_metadata())
         for part in parts:
             with pq.ParquetFile(part.file) as opened:
-                yield from opened.iter_batches(CHUNK)
+                for batch in opened.iter_batches(CHUNK):
+                    yield batch.replace_schema_metadata()  # Spark's own
             part.file.unlink()
 
     def take(self, name: str, table: ibis.Table) -> ibis.Table:

@@ -115,7 +115,7 @@ class DeltaIndex:
         """Return the best of what the index found and of the new items."""
         size = len(self.base)
         scores_M = products(queries_HD, self.extra_MD)
-        scores_M[[item - size - 1 for item in out if item > size]] = -np.inf
+        scores_M[out[out > size] - size - 1] = -np.inf
         if allowed is not None:
             scores_M[~allowed] = -np.inf
         best = np.argpartition(-scores_M, min(k, len(scores_M)) - 1)[:k]
@@ -123,7 +123,7 @@ class DeltaIndex:
         best = best[scores_M[best] > floor]
         if not len(best):
             return hits
-        indices = np.concatenate([np.array(hits[0], np.int64), best + size + 1])
-        scores = np.concatenate([np.array(hits[1], np.float64), scores_M[best]])
+        indices = np.concatenate([hits[0], best + size + 1])
+        scores = np.concatenate([hits[1], scores_M[best]])
         order = np.lexsort((indices, -scores))[:k]
-        return indices[order].tolist(), scores[order].tolist()
+        return indices[order], scores[order]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,10 +36,11 @@ WIDER = 4
 
 Indices = NDArray[np.int64]
 Scores = NDArray[np.float32]
-Out = AbstractSet[int]
-"""Items to pass over."""
-Hits = tuple[list[int], list[float]]
+Out = NDArray[np.integer]
+"""Items to pass over, in rising order."""
+Hits = tuple[Indices, NDArray[np.floating]]
 """Item indices and their scores, best first."""
+NOTHING: Hits = np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
 class Found(NamedTuple):
@@ -64,10 +64,7 @@ class Gathered:
 
     def holds(self, indices: Indices) -> NDArray[np.bool_]:
         """Return which of some items belong to it."""
-        if not len(self.indices):
-            return np.zeros(len(indices), bool)
-        places = np.searchsorted(self.indices, indices)
-        return self.indices[np.minimum(places, len(self.indices) - 1)] == indices
+        return among(indices, self.indices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +164,7 @@ class ItemIndex:
         looks near the query, where a category filter may have left nothing.
         """
         k = min(k, len(self))
-        outs = [set(row.tolist()) for row in excluded or [np.zeros(0, int)] * len(queries_BHD)]
+        outs = [np.unique(row) for row in excluded or [NOTHING[0]] * len(queries_BHD)]
         subset = None if allowed is None else self.subset(allowed)
         return _stack(self.nearest(queries_BHD, k, outs, subset), k)
 
@@ -181,12 +178,12 @@ class ItemIndex:
     ) -> list[Hits]:
         """Return each request's best items, up to `k`, over all its interests, without repeats.
 
-        outs: item indices to pass over, a set a request. subset: the only items to answer with.
-        gone: items that no request is answered with.
+        outs: item indices to pass over, in rising order, an array a request. subset: the only items
+        to answer with. gone: items that no request is answered with.
         """
         queries_BHD = np.ascontiguousarray(queries_BHD, np.float32)
         size = _size(subset, len(self))
-        found: dict[int, Hits] = {} if size else dict.fromkeys(range(len(outs)), ([], []))
+        found: dict[int, Hits] = {} if size else dict.fromkeys(range(len(outs)), NOTHING)
         for attempt in range(self._attempts(subset)):
             left = [row for row in range(len(outs)) if row not in found]
             for rows, width in self._together(left, k, outs, subset, gone, attempt):
@@ -328,14 +325,14 @@ class ItemIndex:
     ) -> Hits:
         """Score all items: where too few were found near the query, so rare that it may be slow."""
         scores_N = self.score_all(queries_HD)
-        scores_N[[item for item in out if item <= len(self)]] = -np.inf
+        scores_N[out[out <= len(self)]] = -np.inf
         if gone:
             scores_N[gone.mask] = -np.inf
         if isinstance(subset, Masked):
             scores_N[~subset.mask] = -np.inf
         best = np.argpartition(-scores_N, min(k, len(self)) - 1)[:k]
         best = best[scores_N[best] > -np.inf]
-        return _best(*_ordered(best, scores_N[best]), k, frozenset())
+        return _best(*_ordered(best, scores_N[best]), k, NOTHING[0])
 
 
 def products(queries_HD: NDArray[np.float32], vectors_ND: NDArray[np.float32]) -> Scores:
@@ -359,6 +356,18 @@ def products(queries_HD: NDArray[np.float32], vectors_ND: NDArray[np.float32]) -
         )
         np.maximum(best_N, scores_N, out=best_N)
     return best_N
+
+
+def among(indices: Indices, rising: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Return which of some items are among others, which are in rising order.
+
+    >>> among(np.array([7, 2, 9]), np.array([2, 3, 7])).tolist()
+    [True, True, False]
+    """
+    if not len(rising):
+        return np.zeros(len(indices), bool)
+    places = rising.searchsorted(indices)
+    return np.asarray(rising.take(places, mode="clip") == indices)
 
 
 def _steps(width: int) -> int:
@@ -392,21 +401,15 @@ def _ordered(indices: Indices, scores: Scores) -> tuple[Indices, Scores]:
 
 def _best(indices: Indices, scores: Scores, k: int, out: Out, repeats: bool = False) -> Hits:
     """Return the first `k` that are not to be passed over, of equal ones the smallest first."""
-    passed = {PAD, *out}
-    kept: list[int] = []
-    values: list[float] = []
-    for index, score in zip(indices.tolist(), scores.tolist(), strict=True):
-        if index in passed:
-            continue
-        if repeats:  # the first of each is its best
-            passed.add(index)
-        kept.append(index)
-        values.append(score)
-        if len(kept) == k:
-            break
-    if len(set(values)) < len(values):  # smaller indices are more popular items
-        kept = [index for _, index in sorted(zip([-value for value in values], kept, strict=True))]
-    return kept, values
+    kept = ~(among(indices, out) | (indices == PAD))
+    if repeats:  # the first of each is its best
+        firsts = np.zeros(len(indices), bool)
+        firsts[np.unique(indices, return_index=True)[1]] = True
+        kept &= firsts
+    indices, scores = indices[kept][:k], scores[kept][:k]
+    if (scores[1:] == scores[:-1]).any():  # smaller indices are more popular items
+        indices = indices[np.lexsort((indices, -scores))]
+    return indices, scores
 
 
 def _stack(rows: Sequence[Hits], k: int) -> Found:

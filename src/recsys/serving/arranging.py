@@ -6,7 +6,7 @@ Shapes: C ranked items, D dim. Items are indices 1 to N.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,10 +42,9 @@ def arranged(
     else:
         top = capped(ranked, rules.cap, k, categories)
     if not rules.explore:
-        return Arranged(*top)
-    kept = set(top[0])
-    left = [(item, score) for item, score in zip(*ranked, strict=True) if item not in kept]
-    tail = [item for item, _ in left], [score for _, score in left]
+        return Arranged(top[0].tolist(), top[1].tolist())
+    left = ~np.isin(ranked[0], top[0])
+    tail = ranked[0][left], ranked[1][left]
 
     def group(item: int) -> Hashable:
         return None if rules.cap is None else names_of(categories[item])
@@ -68,11 +67,11 @@ def diverse(
     The Use of MMR (maximal marginal relevance).
 
     >>> vectors = np.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]], np.float32)
-    >>> diverse(([1, 2, 3], [9.0, 8.0, 7.0]), 2, 0.7, vectors, None, [])[0]
-    [1, 3]
+    >>> diverse((np.array([1, 2, 3]), np.array([9.0, 8.0, 7.0])), 2, 0.7, vectors, None, [])[0]
+    array([1, 3])
     """
-    items = np.array(ranked[0], np.int64)
-    worth_C = (1 - diversity) * _scaled(np.array(ranked[1], float))
+    items = ranked[0]
+    worth_C = (1 - diversity) * _scaled(ranked[1].astype(float))
     unit_CD = _unit(vectors_ND[items - 1])
     nearest_C, open_C = np.full(len(items), -1.0, np.float32), np.ones(len(items), bool)
     allowed = _Allowed(items, cap, categories)
@@ -83,7 +82,7 @@ def diverse(
         open_C[[best, *allowed.full_after(best)]] = False
         # Not a matrix product: NumPy's BLAS would wake a thread a core.
         np.maximum(nearest_C, np.einsum("cd,d->c", unit_CD, unit_CD[best]), out=nearest_C)
-    return [ranked[0][place] for place in places], [ranked[1][place] for place in places]
+    return ranked[0][places], ranked[1][places]
 
 
 def explored(
@@ -101,12 +100,12 @@ def explored(
     drawn, and 1 where nothing could.
     """
     waiting: dict[Hashable, list[tuple[int, float]]] = defaultdict(list)
-    for hit in zip(*tail, strict=True):
+    for hit in _pairs(tail):
         waiting[group(hit[0])].append(hit)
     sizes = {key: len(members) for key, members in waiting.items()}
     places: Counter[Hashable] = Counter()
     shown: list[tuple[int, float, float]] = []
-    for hit, chance in zip(zip(*top, strict=True), draws.random(len(top[0])), strict=True):
+    for hit, chance in zip(_pairs(top), draws.random(len(top[0])), strict=True):
         key = group(hit[0])
         size = sizes.get(key, 0)
         places[key] += 1
@@ -119,6 +118,10 @@ def explored(
             shown.append((*drawn, share / size))
     items, scores, propensities = zip(*shown, strict=True) if shown else ((), (), ())
     return Arranged([*items], [*scores], [*propensities])
+
+
+def _pairs(hits: Hits) -> Iterator[tuple[int, float]]:
+    return zip(hits[0].tolist(), hits[1].tolist(), strict=True)
 
 
 class _Allowed:

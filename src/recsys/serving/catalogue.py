@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from recsys.index.bundle import Bundle
 from recsys.index.delta import Within
-from recsys.index.search import Hits, ItemIndex, Masked, Out, Subset
+from recsys.index.search import Hits, ItemIndex, Masked, Out, Subset, among
 from recsys.schema import InputError
 from recsys.serving.messages import Recommended
 
@@ -163,8 +163,9 @@ class Catalogue:
     def popular(self, k: int, out: Out, chosen: Filter) -> Hits:
         """Return the `k` items with most events, without `out`, and their numbers of events."""
         order = self.by_popularity if chosen.subset is None else chosen.by_popularity
-        head = [i for i in order[: k + len(out)].tolist() if i not in out][:k]
-        return head, self.popularity(np.array(head, np.int64)).tolist()
+        head = order[: k + len(out)]
+        head = head[~among(head, out)][:k]
+        return head, self.popularity(head)
 
     @property
     def feature_names(self) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.index.delta import DeltaIndex, Within
-from recsys.index.search import Gone, Hits, ItemIndex, Out
+from recsys.index.search import Gone, Hits, ItemIndex, Out, among
 from recsys.serving.catalogue import (
     ANY,
     CATEGORY_COLUMNS,
@@ -180,8 +180,8 @@ class DeltaCatalogue(Catalogue):
         order = self.base.by_popularity if base.subset is None else base.by_popularity
         head = order[: k + len(out) + (self.gone.count if self.gone else 0)]
         places = np.append(head[self.alive(head)], self._of_delta(subset))
-        found = [item for item in places.tolist() if item not in out][:k]
-        return found, self.popularity(np.array(found, np.int64)).tolist()
+        found = places[~among(places, out)][:k]
+        return found, self.popularity(found)
 
     def features(self, index: int) -> dict[str, Any]:
         """Return an item's features by name: of an added one, those that it was added with."""

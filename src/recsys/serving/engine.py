@@ -18,10 +18,17 @@ from numpy.typing import NDArray
 
 from recsys.history import OWN_RECENCY, Arrays, Histories, encode
 from recsys.index.bundle import ENCODER, Bundle
-from recsys.index.search import Hits, ItemIndex
+from recsys.index.search import NOTHING, Hits, ItemIndex
 from recsys.schema import InputError
 from recsys.serving.arranging import WITHIN, Arranged, arranged
-from recsys.serving.candidates import Popular, Queries, Reading, Retrieved, ignored
+from recsys.serving.candidates import (
+    Popular,
+    Queries,
+    Reading,
+    Retrieved,
+    ignored,
+    passed_over,
+)
 from recsys.serving.catalogue import NONE, Catalogue, Indices
 from recsys.serving.delta import View
 from recsys.serving.graphs import ENCODED, check_inputs, open_graph
@@ -344,7 +351,7 @@ class Engine:
         Raises InputError where the request cannot be answered with this bundle.
         """
         view = view or self.base
-        excluded = {*seen, *_indices(view, request.exclude_items, unknown)}
+        excluded = [*seen, *_indices(view, request.exclude_items, unknown)]
         chosen = view.catalogue.filter(request.allow_categories, request.deny_categories)
         rules = rules_of(request, view.catalogue, view.boosts)
         lacking, recency = ignored(unknown, chosen, rules), self._recency(request)
@@ -355,7 +362,7 @@ class Engine:
             reading = Reading(
                 view=view,
                 path=path.last(self.reach),
-                out={*excluded, *(path.items.tolist() if request.exclude_seen else ())},
+                out=passed_over(excluded, path if request.exclude_seen else EMPTY),
                 filter=chosen,
                 rules=rules,
                 user=user,
@@ -457,7 +464,7 @@ class Engine:
         arrays = self._arrays([reading])
         row = self._rows([reading], arrays)[0]
         queries_HD = self._encode(arrays, 1)[0]
-        return Retrieved(reading, queries_HD, row, ([], []), 0)
+        return Retrieved(reading, queries_HD, row, NOTHING, 0)
 
     def _popular(self, reading: Reading) -> Popular:
         shape = int(self.bundle.manifest["interests"]), self.bundle.vectors_ND.shape[1]
@@ -540,7 +547,7 @@ class Engine:
         reading, rules = source.reading, source.reading.rules
         if rules is NO_RULES:
             items, scores = source.best(reading.k)
-            return Arranged(items[: reading.k], scores[: reading.k])
+            return Arranged(items[: reading.k].tolist(), scores[: reading.k].tolist())
 
         def attempt(width: int) -> tuple[Arranged, bool]:
             hits, complete = boosted(source, rules.boost, width)
@@ -568,14 +575,14 @@ class Engine:
     ) -> Hits:
         """Order the first `width` hits, and items boosted by their ids, by the ranker's scores."""
         boost = source.reading.rules.boost
-        items, retrieval_C = np.array(hits[0][:width], np.int64), np.array(hits[1][:width])
+        items, retrieval_C = hits[0][:width], hits[1][:width]
         if boost is not None:
             named = boost.named[source.eligible(boost.named)]
             items = np.concatenate([items, named[~np.isin(named, items)]])
         if boost is not None or source.kind == "popular":
             retrieval_C = source.retrieval(items)
         if not len(items):
-            return [], []
+            return NOTHING
         scores_C = self._judged(ranker, source, items, retrieval_C).scores_C
         return in_order(items, scores_C if boost is None else scores_C + boost.of(items))
 

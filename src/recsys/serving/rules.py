@@ -134,7 +134,7 @@ def boosted(source: Source, boost: Boost | None, width: int) -> tuple[Hits, bool
         top = np.argpartition(-values, width - 1)[:width]
         extra, values, complete = extra[top], values[top], False
         floor = max(floor, values.min())
-    found, scores = np.array(hits[0], np.int64), np.array(hits[1], float)
+    found, scores = hits[0], hits[1].astype(float)
     others = ~boost.holds(found)
     indices = np.concatenate([found[others], extra])
     scores = np.concatenate([scores[others], values])
@@ -145,7 +145,7 @@ def boosted(source: Source, boost: Boost | None, width: int) -> tuple[Hits, bool
 def in_order(indices: Indices, scores: NDArray[np.floating]) -> Hits:
     """Return items best first, of equal ones the smallest index, the most popular, first."""
     order = np.lexsort((indices, -scores))
-    return indices[order].tolist(), scores[order].tolist()
+    return indices[order], scores[order]
 
 
 def capped(hits: Hits, cap: int | None, k: int, categories: Sequence[Any]) -> Hits:
@@ -153,23 +153,23 @@ def capped(hits: Hits, cap: int | None, k: int, categories: Sequence[Any]) -> Hi
 
     An item of several categories counts in each; one of none is never in the way.
 
-    >>> capped(([1, 2, 3, 4], [9.0, 8.0, 7.0, 6.0]), 1, 3, [None, "a", "a", ["a", "b"], ["b"]])
-    ([1, 4], [9.0, 6.0])
+    >>> hits = np.array([1, 2, 3, 4]), np.array([9.0, 8.0, 7.0, 6.0])
+    >>> capped(hits, 1, 3, [None, "a", "a", ["a", "b"], ["b"]])[0].tolist()
+    [1, 4]
     """
     if cap is None:
         return hits[0][:k], hits[1][:k]
     shown: Counter[str] = Counter()
-    kept: Hits = [], []
-    for index, score in zip(*hits, strict=True):
+    kept: list[int] = []
+    for place, index in enumerate(hits[0].tolist()):
         names = names_of(categories[index])
         if any(shown[name] >= cap for name in names):
             continue
         shown.update(names)
-        kept[0].append(index)
-        kept[1].append(score)
-        if len(kept[0]) == k:
+        kept.append(place)
+        if len(kept) == k:
             break
-    return kept
+    return hits[0][kept], hits[1][kept]
 
 
 def names_of(category: str | Sequence[str] | None) -> frozenset[str]:

@@ -102,6 +102,11 @@ class ServeSettings:
                 "models:/shop@champion"
             )
 
+    @property
+    def far_state(self) -> bool:
+        """Whether paths are kept by another process, so that to read one is to wait."""
+        return "://" in self.state
+
 
 def flags(settings: type = ServeSettings) -> list[tuple[str, dict[str, Any]]]:
     """Return each setting as a command's flag: name, and what argparse needs to know.

@@ -95,7 +95,7 @@ def running(
 
 
 def _state(settings: ServeSettings, folder: Path) -> UserState:
-    address = settings.state if "://" in settings.state else f"lmdb:{folder / 'state'}"
+    address = settings.state if settings.far_state else f"lmdb:{folder / 'state'}"
     keep = settings.keep_days * DAY
     return open_state(
         address, max_events=settings.max_events, keep_ms=keep, sync=settings.state_sync
