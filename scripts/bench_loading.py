@@ -36,7 +36,12 @@ CGROUPS = {
     "v1": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
     "v2": (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
 }
-WAYS = (("global", False), ("window", False), ("window", True), ("global", True))
+WAYS = {
+    "global": ("global", False),
+    "windows": ("window", False),
+    "windows-limited": ("window", True),
+    "global-limited": ("global", True),
+}
 
 
 def make(folder: Path, bytes_: float) -> int:
@@ -196,6 +201,7 @@ def main() -> None:
     parser.add_argument("--times", type=float, default=4, help="arrays, as times of the limit")
     parser.add_argument("--reads", type=float, default=120, help="seconds of reading alone")
     parser.add_argument("--trains", type=float, default=40, help="seconds of training")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--size", type=int, default=128, help="histories a batch")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -207,7 +213,7 @@ def main() -> None:
     try:
         events = make(arguments.folder, limit * arguments.times)
         print(f"{events:,} events, {limit * arguments.times / GIB:.1f} GiB of arrays", flush=True)
-        for shuffle, is_limited in WAYS:
+        for shuffle, is_limited in (WAYS[name] for name in arguments.ways):
             found = run(arguments, shuffle, limit if is_limited else None)
             where = f"{arguments.limit_gib:g} GiB" if is_limited else "no limit"
             print(f"{shuffle:7} {where:9} {json.dumps(_rounded(found))}", flush=True)

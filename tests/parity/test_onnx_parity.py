@@ -26,7 +26,9 @@ LAYERS = sorted(path.stem for path in (config_dir() / "model" / "layer").glob("*
 SHIPPED = ["model=two_tower", *(f"model/layer={layer}" for layer in LAYERS)]
 ROTARY = "model/layer=attention model.layer.rotary=true"
 """The setting under which attention's heads are turned, and so are not one node."""
-CASES = [*(f"{name}{rich}" for name in SHIPPED for rich in ("", ", all features")), ROTARY]
+SHARED = "embedding=hashed embedding.rows=50"
+"""The setting under which ids share rows, found by arithmetic within the graph."""
+CASES = [*(f"{name}{rich}" for name in SHIPPED for rich in ("", ", all features")), ROTARY, SHARED]
 
 
 def catalogue(rich: bool) -> Catalogue:
@@ -70,11 +72,12 @@ def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A model as its config makes it, with weights large enough to tell two answers apart."""
     name, _, rich = request.param.partition(", ")
     torch.manual_seed(0)
-    config = configure(name.split()).model
+    whole = configure(name.split())
+    config, table = whole.model, instantiate(whole.embedding)
     if rich:
         named = {key: value for key, value in RICH.items() if key in config}
         config = OmegaConf.merge(config, named)
-    model = instantiate(config, catalogue=catalogue(bool(rich))).eval()
+    model = instantiate(config, _partial_=True)(catalogue=catalogue(bool(rich)), table=table).eval()
     enlarge(model)
     file = tmp_path_factory.mktemp("exported") / "encoder.onnx"
     export_encoder(model, file)

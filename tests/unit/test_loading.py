@@ -80,6 +80,29 @@ def test_any_worker_and_any_resumption_makes_the_same_windows(kind: type, datase
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc/self/smaps")
+@pytest.mark.parametrize("shuffle", ["global", 300])
+def test_windows_alone_are_read_without_what_lies_around(
+    shuffle: str | int, dataset: Dataset
+) -> None:
+    """Else a miss reads megabytes, which push out what was asked for a window ahead."""
+    mapped = Dataset(dataset.path)
+    file = str(mapped.events["items"].filename)
+    before = read_at_random(file)
+    PackedBatches(mapped, size=7, seed=3, length=4, shuffle=shuffle)
+    assert read_at_random(file) - before == (shuffle != "global")
+
+
+def read_at_random(file: str) -> int:
+    """Return how many maps of a file are told to be read at random."""
+    regions = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    # The flags of a region stand before the next one.
+    return sum(
+        file in region and "rr" in following.split("\n")[0].split()
+        for region, following in pairwise(regions)
+    )
+
+
 def test_nothing_is_held_for_each_example(dataset: Dataset) -> None:
     batches = PairBatches(dataset, size=7, seed=3, length=4, shuffle=100)
     held = [value for value in vars(batches).values() if isinstance(value, np.ndarray)]

@@ -196,6 +196,7 @@ class EventBatches(Batches):
         window = WINDOW if isinstance(self.shuffle, str) else self.shuffle
         block = max(1, min(BLOCK, window // 8) * self.total // max(1, events))
         count = max(1, window * self.total // max(1, events) // block)
+        self.dataset.read_sparsely()
         return Windows(self.total, self.seed, block, count, self._read_ahead)
 
     def _read_ahead(self, runs: list[tuple[int, int]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,6 +149,16 @@ class Dataset:
         """Ask the system to read some ranges of events now, without waiting for them."""
         for name in ("items", "types", "times"):
             _read_ahead(self.events[name], ranges)
+
+    def read_sparsely(self) -> None:
+        """Have the system read what is asked for, and not megabytes around it.
+
+        For events that are past memory: what it adds would push out what was asked for ahead.
+        """
+        for name in ("items", "types", "times", "values"):
+            pages = getattr(self.events[name], "_mmap", None)
+            if pages is not None and hasattr(mmap, "MADV_RANDOM"):
+                pages.madvise(mmap.MADV_RANDOM)
 
     def histories(
         self, users: NDArray[np.integer], ends: NDArray[np.integer], longest: int | None = None

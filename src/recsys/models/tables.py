@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recsys.models.hashing import HashedTable
 from recsys.schema import InputError
 
 Cut = Literal["row_wise", "table_wise"]
@@ -93,7 +94,7 @@ class ShardedTable(nn.Module):
         return F.embedding(torch.searchsorted(ids_U, ids), rows_UD, padding_idx=0)
 
 
-MakeTable = Callable[[int, int], nn.Embedding | ShardedTable]
+MakeTable = Callable[[int, int], nn.Embedding | ShardedTable | HashedTable]
 """Of so many rows, of vectors so wide."""
 
 

@@ -117,7 +117,7 @@ class Trajectory(nn.Module):
         """Return vectors_ND [N + 1, D]; row 0 is padding."""
         if not self.item_features.parts:
             return self.items.weight
-        every_N = torch.arange(self.items.num_embeddings, device=self.items.weight.device)
+        every_N = torch.arange(self.items.num_embeddings, device=self.norm.weight.device)
         return self.vectors_of(every_N)
 
     def vectors_of(self, items: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class TwoTower(nn.Module):
 
     @property
     def _device(self) -> torch.device:
-        return self.items.weight.device
+        return next(self.parameters()).device
 
 
 def _tower(width: int, hidden: int, dim: int, dropout: float) -> nn.Sequential:

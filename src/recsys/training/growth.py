@@ -45,7 +45,7 @@ def grow_weights(model: nn.Module, before: LoadedRun, dataset: Dataset) -> None:
         else:
             weight.copy_(old[name])
     known = before.dataset.num_items
-    if dataset.num_items > known:
+    if dataset.num_items > known and "items.weight" in new:  # rows that ids share are there
         _start_new(new["items.weight"], known, dataset)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 from torch import nn
 
+from recsys import peers
 from recsys.data.dataset import Dataset
 from recsys.evaluation.scorers import ModelScorer, Scorer
 from recsys.losses import full_softmax
+from recsys.models.hashing import collisions, told
 from recsys.models.tables import sharded_tables
 from recsys.optimizers import LazyAdam
 from recsys.schema import InputError
@@ -36,7 +39,10 @@ class RetrievalJob:
         self.module = _module(config, model, self._target_share())
         averaging = averaged(config.averaging, self.batches.steps)
         self.validation = FullRanking(dataset, config.evaluation.exclude_seen, averaging)
-        self.lineage: dict[str, Any] = {}
+        self.collisions = collisions(model)
+        self.lineage: dict[str, Any] = (
+            {"collisions": told(self.collisions)} if self.collisions else {}
+        )
 
     def _batches(self, **more: Any) -> Any:
         return instantiate(
@@ -56,6 +62,12 @@ class RetrievalJob:
         return []
 
     def begin(self, folder: Path) -> None:
+        """Say how ids share rows, where they do, and put the weights where training starts."""
+        for name, found in self.collisions.items() if peers.first() else ():
+            print(f"{name}: {found}", file=sys.stderr, flush=True)
+        self._start()
+
+    def _start(self) -> None:
         """Put the item vectors where a new training starts."""
         if sharded_tables(self.module.model):
             from recsys.training.shards import check_torchrec

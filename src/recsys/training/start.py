@@ -37,7 +37,11 @@ def start_items(model: nn.Module, dataset: Dataset, start: Start) -> None:
     """Put `model.items` where `start` says."""
     check_start(start)
     if start == "cooccurrence":
-        assert isinstance(model.items, nn.Embedding)
+        if not isinstance(model.items, nn.Embedding):
+            raise InputError(
+                "item_start=cooccurrence gives each item a row of its own; use embedding=dense, or "
+                "item_start=random"
+            )
         vectors_ND = cooccurrence_vectors(dataset, model.items.embedding_dim)
         with torch.no_grad():
             model.items.weight[1:] = torch.from_numpy(vectors_ND)

@@ -146,10 +146,10 @@ class ContinuedJob(RetrievalJob):
         if sharded_tables(self.module.model):
             raise InputError(
                 f"resume_from={self.parent.name}: sharded tables do not grow; continue a run with "
-                "embedding=whole, or train anew"
+                "embedding=dense or hashed, or train anew"
             )
         names = ("name", "mlflow_run_id", "fingerprint")
-        self.lineage = {
+        self.lineage |= {
             "parent": {name: manifest.get(name) for name in names} | {"path": str(self.parent)},
             "chain": [*manifest.get("chain", []), manifest.get("name", self.parent.name)],
             "replay": config.replay,
@@ -174,7 +174,7 @@ class ContinuedJob(RetrievalJob):
         """The run that this one starts from."""
         return load_run(self.parent)
 
-    def begin(self, folder: Path) -> None:
+    def _start(self) -> None:
         """Start from the weights of the run before."""
         grow_weights(self.module.model, self.before, self.dataset)
 
