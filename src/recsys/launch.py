@@ -36,8 +36,23 @@ def configure(overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = compose(CONFIG, overrides=list(overrides))
         shipped = compose(CONFIG)
+    _leave_out_making(config, overrides)
     _refuse_idle(config, shipped, overrides)
     return config
+
+
+def _leave_out_making(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Where a dataset is there already, leave out how an experiment would have it made."""
+    if "dataset" not in config.data:
+        return
+    makes = [f"data.{name}" for name in config.data if name != "dataset"]
+    for override in overrides:
+        if any(f"{override.partition('=')[0]}.".startswith(f"{made}.") for made in makes):
+            raise InputError(
+                f"{override} has no effect on an existing dataset; prepare one with it: recsys "
+                "prepare data=… data.path=…"
+            )
+    config.data = {"dataset": config.data.dataset}
 
 
 def _refuse_idle(config: DictConfig, shipped: DictConfig, overrides: Sequence[str]) -> None:

@@ -39,19 +39,21 @@ from recsys.training.module import RetrieverModule
 train = RetrieverModule.training_step
 
 def training_step(module, batch, number):
-    if module.global_step == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
+    if module.global_step == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.Signals[sys.argv[1]])
     return train(module, batch, number)
 
 RetrieverModule.training_step = training_step
-sys.exit(main(sys.argv[2:]))
+sys.exit(main(sys.argv[3:]))
 """
 
 
-def kill_at(step: int, command: list[str]) -> None:
-    """Run a training that is killed when it begins that step."""
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(step), *command], timeout=300)
-    assert killed.returncode == -signal.SIGKILL
+def kill_at(step: int, command: list[str], by: signal.Signals = signal.SIGKILL) -> str:
+    """Run a training that is sent a signal when it begins that step; return what it said."""
+    typed = [sys.executable, "-c", KILLED, by.name, str(step), *command]
+    killed = subprocess.run(typed, timeout=300, stderr=subprocess.PIPE, text=True)
+    assert killed.returncode == (-by if by == signal.SIGKILL else 128 + by)
+    return killed.stderr
 
 
 def place(last: Path) -> tuple[int, int]:
@@ -97,6 +99,21 @@ def test_killed_and_resumed_equals_uninterrupted(
 
     assert main(["train", "resume=killed"]) == 2
     assert "is finished" in capsys.readouterr().err
+
+
+def test_told_to_end_it_keeps_its_place_and_goes_on(
+    workspace: Workspace, ring_csv: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM, as of a scheduler: the step is finished and kept, and the exit code is no success."""
+    assert main(["prepare", "data=events", f"data.path={ring_csv}"]) == 0
+    train = [*TRAIN, "checkpoint_every.steps=null", "checkpoint_every.minutes=null"]
+    whole = result([*train, "name=whole", "logger=csv"], capsys)
+    said = kill_at(STEPS + 25, [*train, "name=ended", "logger=csv"], signal.SIGTERM)
+    assert "stopped by SIGTERM; next: recsys train resume=ended" in said
+    assert "Traceback" not in said
+    assert place(workspace.folder("run") / "ended" / LAST) == (1, 26)
+    resumed = result(["train", "resume=ended"], capsys)
+    assert resumed["test"] == pytest.approx(whole["test"], abs=1e-6)
 
 
 def test_a_checkpoint_cut_short_leaves_the_one_before(tmp_path: Path) -> None:

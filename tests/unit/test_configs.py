@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from recsys.config import config_dir
 from recsys.launch import configure
+from recsys.schema import InputError
 
 SHIPPED = sorted(config_dir().rglob("*.yaml"))
 GROUPED = [path for path in SHIPPED if path.parent != config_dir()]
@@ -55,3 +56,11 @@ def test_an_experiment_is_a_short_diff() -> None:
         lines = [line for line in path.read_text().splitlines() if line and line[0] != "#"]
         assert len(lines) <= 25, path
         assert "# @package _global_" in path.read_text()
+
+
+def test_an_experiment_on_a_dataset_that_is_there_leaves_out_how_it_would_make_one() -> None:
+    config = configure(["experiment=shop", "data=existing", "data.dataset=mine"])
+    assert config.data == {"dataset": "mine"}
+    assert not config.evaluation.exclude_seen
+    with pytest.raises(InputError, match=r"data\.source\.impressions=5 has no effect on an exist"):
+        configure(["experiment=shop", "data=existing", "data.source.impressions=5"])

@@ -24,7 +24,8 @@ class Bookmark(Callback):
     """Keeps the loader's place in every checkpoint, and writes one within an epoch now and then.
 
     The place is after the batches trained on, whatever the loader's workers have read ahead. A
-    checkpoint is due `minutes` after the epoch's start or the last one, and every `steps`.
+    checkpoint is due `minutes` after the epoch's start or the last one, every `steps`, and at
+    SIGTERM, with which schedulers announce that a machine is wanted back.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class Bookmark(Callback):
         if self.steps and trainer.global_step % self.steps == 0:
             return True
         if self.minutes is None:
-            return False
+            return trainer.received_sigterm and trainer.world_size == 1
         late = peers.first() and time.monotonic() - self.since >= 60 * self.minutes
-        return bool(peers.total(torch.tensor(int(late))))  # the first process's clock counts
+        # The first process's clock counts, and whoever was told to end.
+        return bool(peers.total(torch.tensor(int(late or trainer.received_sigterm))))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the next batch to train on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 import time
 import warnings
@@ -16,6 +17,7 @@ from typing import Any, Protocol, cast
 import pytorch_lightning as pl
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from recsys import peers
@@ -278,6 +280,9 @@ def _fit(config: DictConfig, folder: Path, job: Job, tracker: Tracker) -> None:
     path = last if last.is_file() else None
     try:
         trainer.fit(job.module, train_dataloaders=loader, ckpt_path=path, weights_only=True)
+    except SIGTERMException:
+        print(f"stopped by SIGTERM; next: recsys train resume={folder.name}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None  # 0 would tell schedulers that it is done
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
