@@ -104,7 +104,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 def test_told_to_end_it_keeps_its_place_and_goes_on(
     workspace: Workspace, ring_csv: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SIGTERM, as of a scheduler: the step is finished and kept, and the exit code is no success."""
+    """SIGTERM, as of a scheduler: the step is finished and kept; the exit code is no success."""
     assert main(["prepare", "data=events", f"data.path={ring_csv}"]) == 0
     train = [*TRAIN, "checkpoint_every.steps=null", "checkpoint_every.minutes=null"]
     whole = result([*train, "name=whole", "logger=csv"], capsys)
