@@ -138,6 +138,22 @@ def test_codes_go_by_frequency_and_missing_is_not_other() -> None:
     assert codes("category", kind="categorical", default="hats") == [2, 3, 4, 3, 2, 2]
 
 
+def test_how_hashed_values_collide_is_told_as_counted_by_hand() -> None:
+    kinds = {"kind": "categorical", "hash": 3}
+    features = fit(
+        ids={"of": "item", "column": "category", **kinds},
+        tags={"of": "item", "kind": "multi", "column": "genres", "hash": 10_000},
+        plain={"of": "item", "kind": "categorical", "column": "category"},
+    )
+    codes = [crc32(name) % 3 for name in (b"shoes", b"bags", b"hats")]
+    shared = sum(codes.count(code) > 1 for code in codes)
+    assert features.collisions == {
+        "ids": f"3 values share 3 codes; {shared} have another's",
+        "tags": "3 values share 10,000 codes; 0 have another's",
+    }
+    assert Features.of_json(features.as_json()).collisions == features.collisions
+
+
 def test_hashed_codes_are_the_same_everywhere() -> None:
     found = codes("category", kind="categorical", hash=10)
     assert found[1] == found[3] == 2 + crc32(b"shoes") % 10

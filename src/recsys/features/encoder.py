@@ -68,6 +68,16 @@ class Features:
         sources = {"item": items, "user": users, "request": context}
         return cls(declared, {c.name: _learn(c, sources.get(c.of)) for c in declared})
 
+    @property
+    def collisions(self) -> dict[str, str]:
+        """Return of each hashed column, by name, how its values share codes, as a sentence."""
+        return {
+            c.name: f"{self.facts[c.name]['distinct']:,} values share {c.hash:,} codes; "
+            f"{self.facts[c.name]['shared']:,} have another's"
+            for c in self.columns
+            if c.hash
+        }
+
     @cached_property
     def layout(self) -> Layout:
         """Fields and columns in the order declared; in a request's arrays, users' come first."""
@@ -351,7 +361,8 @@ def _learn(column: Column, source: Any) -> dict[str, Any]:
     else:
         _, texts = learnt.as_value_lists(column, array)
     kind = wire(array.type.value_type if column.kind == "multi" else array.type)
-    return {"wire": kind, "values": learnt.learn_values(column, texts)}
+    found = {"wire": kind, "values": learnt.learn_values(column, texts)}
+    return found | (learnt.learn_collisions(column, texts) if column.hash else {})
 
 
 def _plain_lists(column: Column, values: Sequence[Any], kind: str) -> list[list[str]]:

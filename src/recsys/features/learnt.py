@@ -6,6 +6,7 @@ Shapes: R rows of a table, K knots of a scale, V values of all rows or width of 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 from zlib import crc32
@@ -68,6 +69,19 @@ def learn_values(column: Column, texts: pa.Array) -> list[str]:
         return []
     order = sorted(zip(counts, values, strict=True), key=lambda pair: (-pair[0], pair[1]))
     return [value for count, value in order if count >= column.least][: column.vocabulary]
+
+
+def learn_collisions(column: Column, texts: pa.Array) -> dict[str, int]:
+    """Return of a hashed column how many values were met, and how many share another's code.
+
+    >>> brand = Column("brand", "item", "categorical", hash=1)
+    >>> learn_collisions(brand, pa.array(["Oak", "Wren", "Oak", None]))
+    {'distinct': 2, 'shared': 2}
+    """
+    values = pc.unique(texts.drop_null()).to_pylist()
+    vocabulary = Vocabulary(column, ())
+    crowd = Counter(vocabulary.code(value) for value in values)
+    return {"distinct": len(values), "shared": sum(n for n in crowd.values() if n > 1)}
 
 
 class Scale:

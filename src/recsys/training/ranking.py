@@ -5,6 +5,7 @@ Shapes: B requests, C candidates, T tasks, R shown items.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -130,7 +131,10 @@ class RankingJob:
         self.lineage = {"retriever": self._lineage(), "tasks": list(tasks)}
 
     def begin(self, folder: Path) -> None:
-        """Nothing is to do: a ranker starts at random."""
+        """Say how values share codes, where they do; a ranker starts at random."""
+        collisions = self.shown.tables.features.collisions
+        for name, found in collisions.items() if peers.first() else ():
+            print(f"{name}: {found}", file=sys.stderr, flush=True)
 
     def test(self, folder: Path) -> TaskTested:
         """Calibrate the best weights on the validation part and measure them on the test part."""
