@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--pollers", type=int, default=8, help="connections that look for them")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--queue-ms", type=int, default=50, help="as of recsys serve")
     parser.add_argument("--until", choices=("prepare", "train", "bundle", "serve"), default="serve")
     parser.add_argument("--out", default="workspace/benchmarks/catalogue")
     given = parser.parse_args()

@@ -78,6 +78,7 @@ def recsys(bundle: Path, home: Path, given: argparse.Namespace) -> Iterator[Runn
     command = [sys.executable, "-m", "recsys.cli", "serve", "--bundle", str(bundle), "--port", "0"]
     command += ["--workers", str(given.workers), "--threads", str(given.threads)]
     command += ["--state", str(home), "--grace-seconds", "0", "--keep-days", "36500"]
+    command += ["--queue-ms", str(given.queue_ms)]
     with (home.parent / "server.log").open("a") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
@@ -352,6 +353,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[400, 800])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
+    parser.add_argument("--queue-ms", type=int, default=50, help="as of recsys serve")
     parser.add_argument("--users", type=int, default=5_000, help="different users asked for")
     parser.add_argument("--posted", type=int, default=3, help="events posted of each beforehand")
     parser.add_argument("--stages", nargs="+", default=["two", "one"], choices=["two", "one"])

@@ -334,7 +334,9 @@ async def all_of_it(given: argparse.Namespace, home: Path) -> Json:
     given_bundles = [Path(path).resolve() for path in given.bundles]
     expected = expectations(given_bundles)
     bundles = [*given_bundles, *(copied(path, home / "copies") for path in given_bundles)]
-    server = Server(home, "--bundle", str(bundles[0]), "--workers", str(given.workers))
+    # Room for all that are in flight at once: this is about faults, not about overload.
+    flags = ("--workers", str(given.workers), "--queue", "200", "--queue-ms", "60000")
+    server = Server(home, "--bundle", str(bundles[0]), *flags)
     server.start()
     report: Json = {"ready_s": round(await server.ready(), 2)}
     parts: dict[str, Callable[[Seen], Any]] = {

@@ -114,6 +114,7 @@ def main() -> int:
     parser.add_argument("--workspace", help="where named bundles live (RECSYS_HOME, ./workspace)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--queue-ms", type=int, default=20, help="as of recsys serve")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--times", type=float, default=5)
     parser.add_argument("--connections", type=int, nargs="+", default=[16])

@@ -409,6 +409,18 @@ def test_past_the_queue_requests_are_turned_away(
     assert call("POST", "/v1/recommend", json={}).status_code == 200
 
 
+def test_so_are_those_that_would_wait_too_long(
+    service: Service, call: Callable[..., httpx.Response]
+) -> None:
+    """Few wait, but what answers take of late is much: 2 requests of 30 ms."""
+    service.lanes.pending, service.lanes.pace = 2, 0.03 * SETTINGS.threads
+    problem(call("POST", "/v1/recommend", json={}), 429, "overloaded")
+    service.lanes.pending = 1
+    assert not service.full
+    service.lanes.pending, service.lanes.pace = 0, 60.0
+    assert call("POST", "/v1/recommend", json={}).status_code == 200, "nobody waits"
+
+
 def test_what_is_late_is_popular(
     service: Service, call: Callable[..., httpx.Response], monkeypatch: pytest.MonkeyPatch
 ) -> None:

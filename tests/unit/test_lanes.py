@@ -181,3 +181,22 @@ def test_a_job_that_fails_on_the_loop_fails_alone() -> None:
         lanes.close()
 
     asyncio.run(main())
+
+
+def test_how_long_a_further_job_would_wait_follows_what_jobs_take() -> None:
+    def work(jobs: Sequence[int]) -> list[int]:
+        time.sleep(0.02 * len(jobs))
+        return list(jobs)
+
+    async def main() -> None:
+        lanes: Lanes[int, int] = Lanes(work, threads=2, together=4)
+        assert lanes.wait == 0.0
+        for _ in range(40):
+            await lanes.submit(1)
+        assert lanes.pace > 0.015
+        lanes.pending = 6
+        assert lanes.wait == pytest.approx(3 * lanes.pace)
+        lanes.pending = 0
+        lanes.close()
+
+    asyncio.run(main())

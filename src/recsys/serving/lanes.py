@@ -21,7 +21,7 @@ _STOP: Any = object()
 QUICK_SECONDS = 0.003
 """So long the loop may be held up; other connections wait meanwhile."""
 FORGETS = 0.9
-"""What a slow answer still counts after each further one."""
+"""What an answer's time still counts after each further one."""
 
 
 class Lanes(Generic[Job, Result]):
@@ -45,13 +45,18 @@ class Lanes(Generic[Job, Result]):
         self.work, self.together, self.prepare, self.light = work, together, prepare, light
         self.queue: SimpleQueue[tuple[Job, asyncio.Future[Result]]] = SimpleQueue()
         self.arrived: list[tuple[Job, asyncio.Future[Result]]] = []
-        self.pending, self.slowest = 0, 1.0
+        self.pending, self.slowest, self.pace = 0, 1.0, 0.0
         self.threads = [
             threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True)
             for i in range(threads)
         ]
         for thread in self.threads:
             thread.start()
+
+    @property
+    def wait(self) -> float:
+        """Return the seconds that a further job would wait, by what jobs have taken of late."""
+        return self.pending * self.pace / len(self.threads)
 
     def submit(self, job: Job) -> asyncio.Future[Result]:
         """Return a future of the job's result; call it on the event loop only.
@@ -117,7 +122,9 @@ class Lanes(Generic[Job, Result]):
             results = self.work([job for job, _ in wanted]) if wanted else []
         except BaseException as error:  # a thread that ends would leave its callers waiting
             results = [error] * len(wanted)
-        self.slowest = max(FORGETS * self.slowest, time.perf_counter() - began)
+        spent = time.perf_counter() - began
+        self.slowest = max(FORGETS * self.slowest, spent)
+        self.pace = FORGETS * self.pace + (1 - FORGETS) * spent / max(1, len(wanted))
         return [future for _, future in wanted], results
 
     def _settle(

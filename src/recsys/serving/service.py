@@ -202,8 +202,9 @@ class Service:
 
     @property
     def full(self) -> bool:
-        """Whether no further request can wait."""
-        return self.lanes.pending >= self.settings.queue
+        """Whether no further request can wait: too many do, or it would take too long."""
+        late = self.lanes.wait > self.settings.queue_ms / 1000
+        return late or self.lanes.pending >= self.settings.queue
 
     async def body(self, request: Request) -> bytes:
         """Return a request's body, within this server's limits of size and time."""

@@ -15,6 +15,7 @@ LIMITS = {
     "workers": (1, 256),
     "threads": (1, 256),
     "queue": (1, 100_000),
+    "queue_ms": (1, 60_000),
     "deadline_ms": (1, 60_000),
     "max_body_bytes": (1_024, 1 << 30),
     "explore": (0, 1),
@@ -57,6 +58,7 @@ class ServeSettings:
     threads: int = _set(2, "of each worker, beside its event loop, each computing on one core")
     device: str = _set("cpu", "that the graphs run on: cpu, cuda or tensorrt")
     queue: int = _set(16, "requests that may wait in a worker; further ones get 429")
+    queue_ms: int = _set(50, "and so long, by how long answers take of late; past it 429")
     deadline_ms: int = _set(1_000, "an answer that takes longer is the popular items instead")
     explore: float = _set(0.0, "share of places, 0 to 1, given to items drawn from further down")
     max_body_bytes: int = _set(1 << 20, "larger bodies are refused (413)")
