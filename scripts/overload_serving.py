@@ -43,6 +43,10 @@ class Flood(asyncio.Protocol):
         self.transport = transport
         self.free.append(self)
 
+    def connection_lost(self, error: Exception | None) -> None:
+        if self in self.free:  # a server ends those that it hears nothing from
+            self.free.remove(self)
+
     def send(self, request: bytes) -> None:
         self.sent = time.perf_counter()
         self.transport.write(request)
@@ -70,9 +74,10 @@ async def flood(target: Target, requests: list[bytes], rate: float, seconds: flo
     started, sent, missed = time.perf_counter(), 0, 0
     while (now := time.perf_counter() - started) < seconds:
         due = int(now * rate) - sent
-        for _ in range(min(due, len(free))):
+        possible = min(due, len(free))
+        for _ in range(possible):
             free.pop().send(next(stream))
-        missed += max(0, due - len(free)) if due > len(free) else 0
+        missed += due - possible
         sent += due
         await asyncio.sleep(TICK)
     await asyncio.sleep(1)
