@@ -11,12 +11,13 @@ import json
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
+from typing import Literal
 
 import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from recsys.data.batches import PackedBatches, Step
+from recsys.data.batches import PackedBatches, Shuffle, Step
 from recsys.data.dataset import Dataset
 from recsys.losses import ItemSide
 from recsys.training.runs import build_model, read_config
@@ -54,12 +55,13 @@ class AlternatingBatches(PackedBatches):
         size: int,
         seed: int,
         length: int,
-        windows: str,
+        windows: Literal["last", "all"],
         run: str,
         horizon: int = 1,
+        shuffle: Shuffle = "auto",
         block: int = 5,
     ) -> None:
-        super().__init__(dataset, size, seed, length, windows, horizon)  # type: ignore[arg-type]
+        super().__init__(dataset, size, seed, length, windows, horizon, shuffle)
         self.run, self.block, self.began = Path(run), block, 0.0
 
     @cached_property

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import gzip
 import sys
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
+
+from recsys.config import config_dir
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.append(str(SCRIPTS))
 
+from bench.alternating import AlternatingBatches  # noqa: E402
 from bench.protocol import Meter, Sequences, Settings, quality  # noqa: E402
 from bench.report import ours_beside  # noqa: E402
 
@@ -79,3 +84,10 @@ def test_ratio_is_ours_over_theirs_with_the_same_loss() -> None:
     assert ours_beside(other, [row, other]) == 3
     assert ours_beside({**other, "loss": "sampled"}, [row, other]) is None
     assert ours_beside({**other, "error": "not installed"}, [row, other]) is None
+
+
+def test_the_batches_that_time_steps_take_all_settings_of_those_that_train() -> None:
+    """What a config sets reaches both, so that the bare loop's batches are the same."""
+    settings = OmegaConf.load(config_dir() / "batches" / "packed.yaml")
+    known = signature(AlternatingBatches.__init__).parameters
+    assert {str(name) for name in settings if not str(name).startswith("_")} <= known.keys()
