@@ -136,6 +136,13 @@ class Dataset:
         return np.concatenate([[0], self.items["train_count"].to_numpy()]).astype(np.int64)
 
     @cached_property
+    def retired(self) -> NDArray[np.int64]:
+        """Indices of items that are not answered with any more, in rising order: `grow.retire`."""
+        if not self.manifest.get("grown", {}).get("retired"):
+            return np.zeros(0, np.int64)
+        return np.flatnonzero(self.items["count"].to_numpy() == 0) + 1
+
+    @cached_property
     def split(self) -> Split:
         """The rule of the manifest applied to every user."""
         rule = self.manifest["split"]

@@ -45,13 +45,20 @@ class Growth:
     """The `grow:` section of the config.
 
     onto: name or path of the dataset that grows. keep_days: events that are older than so many
-    days, counted back from the newest, expire; None: none do.
+    days, counted back from the newest, expire; None: none do. retire: bundles of the dataset no
+    longer answer with items that have no event left.
     """
 
     onto: str
     keep_days: float | None = None
+    retire: bool = False
 
     def __post_init__(self) -> None:
+        if self.retire and self.keep_days is None:
+            raise InputError(
+                "grow.retire=true has no effect without grow.keep_days, after which items are "
+                "stale; give both"
+            )
         if self.keep_days is not None and not self.keep_days > 0:
             raise InputError(f"grow.keep_days={self.keep_days}: expected days above 0, or null")
 
@@ -80,6 +87,7 @@ def grow(
     rule = rule_of(old.manifest["split"])
     facts = resolved(chosen, source, rule)
     facts |= {"onto": old.fingerprint, "keep_days": growth.keep_days}
+    facts |= {"retire": True} if growth.retire else {}
     lasting = {name: value for name, value in facts.items() if name not in STAYS_THE_SAME}
     path = workspace.folder("dataset") / f"{chosen.name}-{fingerprint(lasting)[:8]}"
     if not is_ready(path):
@@ -112,7 +120,7 @@ class _Grown:
         self.old, self.settings, self.rule, self.folder = old, settings, rule, folder
         times, old_times = day.columns["times"], old.events["times"]
         newest = max(int(one.max(initial=FOREVER)) for one in (times, old_times))
-        self.since = growth.since(newest)
+        self.since, self.retires = growth.since(newest), growth.retire
         alive = times >= self.since
         self._check_something_new(day, growth, alive)
         self.expired = int((~alive).sum())
@@ -190,6 +198,7 @@ class _Grown:
                 "waiting": waiting,
                 "new_users": len(self.new.users),
                 "new_items": len(self.new.items),
+                "retired": int((counts == 0).sum()) if self.retires else None,
             },
             prepare=facts,
             source_rows=was["source_rows"] + self.day.rows + sum(tables.dropped.values()),

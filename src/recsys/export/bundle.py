@@ -196,6 +196,7 @@ def _dataset_facts(dataset: Dataset) -> dict[str, Any]:
         "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
         "num_items": dataset.num_items,
         "num_users": dataset.num_users,
+        "retired": len(dataset.retired),
         "has_time": dataset.has_time,
         "event_types": dataset.manifest["event_types"],
     }
@@ -263,7 +264,8 @@ def _self_tests(
     rows = range(0, len(users), max(1, len(users) // SELF_TESTS))[:SELF_TESTS]
     tests = []
     for row in rows:
-        found = index.search(queries_QHD[[row]], min(width, dataset.num_items))
+        out = [dataset.retired]
+        found = index.search(queries_QHD[[row]], min(width, dataset.num_items), excluded=out)
         best = found.indices_BK[0][found.indices_BK[0] > 0]
         if second is not None:
             asks = int(users[row]), _one(histories, row), best, queries_QHD[row], vectors_ND

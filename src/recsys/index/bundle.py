@@ -154,6 +154,13 @@ class Bundle:
         return np.array([0, *self.items["count"].to_pylist()], np.int64)
 
     @cached_property
+    def retired(self) -> NDArray[np.int64]:
+        """Indices of items that are known but not answered with, in rising order."""
+        if not self.manifest.get("retired"):
+            return np.zeros(0, np.int64)
+        return np.flatnonzero(self.counts[1:] == 0) + 1
+
+    @cached_property
     def popular(self) -> NDArray[np.int64]:
         """All item indices, most events first: int64 [N]; what a newcomer is shown."""
         return np.argsort(-self.counts[1:], kind="stable") + 1

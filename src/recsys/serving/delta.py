@@ -20,6 +20,7 @@ from recsys.index.search import Gone, Hits, ItemIndex, Out, among
 from recsys.serving.catalogue import (
     ANY,
     CATEGORY_COLUMNS,
+    NONE,
     TITLE_COLUMNS,
     Catalogue,
     Filter,
@@ -62,9 +63,19 @@ class Delta:
     gone: Gone | None = None
 
     @classmethod
-    def none(cls, catalogue: Catalogue, index: ItemIndex, space: str) -> Delta:
-        """Return that nothing changed; `space` names the encoder that item vectors belong to."""
-        return cls(catalogue, index, space, np.zeros((0, index.vectors_ND.shape[1]), np.float32))
+    def none(
+        cls, catalogue: Catalogue, index: ItemIndex, space: str, retired: Indices = NONE
+    ) -> Delta:
+        """Return that nothing changed but that some items were removed from the beginning.
+
+        space: names the encoder that item vectors belong to.
+        """
+        nothing = np.zeros((0, index.vectors_ND.shape[1]), np.float32)
+        if not len(retired):
+            return cls(catalogue, index, space, nothing)
+        mask = np.zeros(len(index) + 1, bool)
+        mask[retired] = True
+        return cls(catalogue, index, space, nothing, gone=Gone(mask, len(retired)))
 
     @cached_property
     def places(self) -> dict[str, int]:
@@ -257,9 +268,6 @@ class Members:
 
     def __getitem__(self, name: str) -> Indices:
         return np.append(self.base.get(name, NONE), self.added(name))
-
-
-NONE: Indices = np.zeros(0, np.int64)
 
 
 def _column(features: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Any]:

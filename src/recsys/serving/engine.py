@@ -30,7 +30,7 @@ from recsys.serving.candidates import (
     passed_over,
 )
 from recsys.serving.catalogue import NONE, Catalogue, Indices
-from recsys.serving.delta import View
+from recsys.serving.delta import Delta, View
 from recsys.serving.graphs import ENCODED, check_inputs, open_graph
 from recsys.serving.log import Complaint
 from recsys.serving.messages import (
@@ -106,8 +106,9 @@ class Engine:
         self.search_index = index
         self.ranker = ranker
         self.catalogue = Catalogue(bundle, index)
-        self.base = View.of(self.catalogue, index)
         self.space = str(bundle.manifest["files"][ENCODER]["sha256"])[:16]
+        self.unchanged = Delta.none(self.catalogue, index, self.space, bundle.retired)
+        self.base = self.unchanged.view
         self.users = bundle.users
         self.version = bundle.version
         self.max_length = bundle.max_length
@@ -157,7 +158,8 @@ class Engine:
         Raises what the ranker raises: once warm, its failures are answered without it.
         """
         for length in (0, 1, self.max_length):
-            ids = islice(cycle(self.catalogue.ids[1 : length + 1]), length)
+            best = self.catalogue.by_popularity[:length].tolist()
+            ids = [self.catalogue.ids[item] for item in islice(cycle(best), length)]
             self.recommend([RecommendRequest(history=[*ids])])
         self.warm = True
 

@@ -54,7 +54,7 @@ class ItemFeed:
         if found and found[0] == self.newest:
             return found[1]
         with self.lock:
-            number, delta = self.deltas.get(engine) or (0, _nothing(engine))
+            number, delta = self.deltas.get(engine) or (0, engine.unchanged)
             later = [*takewhile(lambda one: one.number > number, reversed(self.changes.values()))]
             delta = delta.changed(later[::-1]) if later else delta
             self.deltas[engine] = self.newest, delta
@@ -78,7 +78,3 @@ class ItemFeed:
                     self.changes.pop(change.item_id, None)
                     self.changes[change.item_id] = change
             self.newest = max([newest, *(change.number for change in changes)])
-
-
-def _nothing(engine: Engine) -> Delta:
-    return Delta.none(engine.catalogue, engine.search_index, engine.space)

@@ -198,7 +198,7 @@ def _facts(service: Service) -> Facts:
         "bundle": str(engine.bundle.path),
         "version": engine.version,
         "items": engine.bundle.num_items,
-        "item": engine.catalogue.ids[1],
+        "item": engine.catalogue.ids[engine.catalogue.by_popularity[0]],
     }
 
 
