@@ -29,7 +29,7 @@ sharded: $(READY)  ## Add TorchRec, for embedding=sharded on a CPU
 
 optional: sharded  ## Tests of what CI leaves out: Spark (needs Java 17) and TorchRec
 	$(BIN)/python -m pip install --quiet --editable '.[spark]'
-	$(BIN)/python -m pytest -q tests/unit/test_spark.py tests/unit/test_sharded.py tests/e2e/test_spark_recommend.py tests/e2e/test_sharded_run.py
+	$(BIN)/python -m pytest -q tests/unit/test_spark.py tests/parity/test_sharded.py tests/e2e/test_spark_recommend.py tests/e2e/test_sharded_run.py
 
 demo: $(READY)  ## Synthetic shop: prepare, train both stages, export, serve, ask
 	$(BIN)/python scripts/demo.py
