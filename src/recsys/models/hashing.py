@@ -5,7 +5,7 @@ Shapes: N ids with padding at 0, K hashes, D dim.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -121,8 +121,3 @@ def collisions(model: nn.Module) -> dict[str, Collisions]:
     """Return how ids collide in each hashed table of a model, by the table's name."""
     parts = model.named_modules()
     return {name: Collisions.of(part) for name, part in parts if isinstance(part, HashedTable)}
-
-
-def told(found: dict[str, Collisions]) -> dict[str, dict[str, int]]:
-    """Return collisions as a manifest has them."""
-    return {name: asdict(one) for name, one in found.items()}

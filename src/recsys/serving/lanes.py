@@ -122,10 +122,13 @@ class Lanes(Generic[Job, Result]):
             results = self.work([job for job, _ in wanted]) if wanted else []
         except BaseException as error:  # a thread that ends would leave its callers waiting
             results = [error] * len(wanted)
-        spent = time.perf_counter() - began
-        self.slowest = max(FORGETS * self.slowest, spent)
-        self.pace = FORGETS * self.pace + (1 - FORGETS) * spent / max(1, len(wanted))
+        if wanted:  # jobs that were given up say nothing of how long one takes
+            self._learn(time.perf_counter() - began, len(wanted))
         return [future for _, future in wanted], results
+
+    def _learn(self, spent: float, jobs: int) -> None:
+        self.slowest = max(FORGETS * self.slowest, spent)
+        self.pace = FORGETS * self.pace + (1 - FORGETS) * spent / jobs
 
     def _settle(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from recsys import peers
 from recsys.data.dataset import Dataset
 from recsys.evaluation.scorers import ModelScorer, Scorer
 from recsys.losses import full_softmax
-from recsys.models.hashing import collisions, told
+from recsys.models.hashing import collisions
 from recsys.models.tables import sharded_tables
 from recsys.optimizers import LazyAdam
 from recsys.schema import InputError
@@ -40,9 +41,10 @@ class RetrievalJob:
         averaging = averaged(config.averaging, self.batches.steps)
         self.validation = FullRanking(dataset, config.evaluation.exclude_seen, averaging)
         self.collisions = collisions(model)
-        self.lineage: dict[str, Any] = (
-            {"collisions": told(self.collisions)} if self.collisions else {}
-        )
+        self.lineage: dict[str, Any] = {}
+        if self.collisions:
+            shared = {name: asdict(found) for name, found in self.collisions.items()}
+            self.lineage = {"collisions": shared}
 
     def _batches(self, **more: Any) -> Any:
         return instantiate(
