@@ -4,8 +4,9 @@
     python scripts/bench_ranking.py --sides ours fuxictr --rounds 3
 
 The target is a rating of 4 or more; train, validation and test follow each other in time, 80, 10
-and 10 % of the rows, and a row's history is what its user rated strictly before. Each library has
-an environment of its own, made here once, its own trainer, loader and sizes; the same for all are
+and 10 % of the rows, and a row's history is what its user rated strictly before, and how: the other
+libraries read the mean of the ratings' vectors, ours each event's, the newest left out. Each has an
+environment of its own, made here once, its own trainer, loader and sizes; the same for all are
 embeddings of 16, Adam at 0.001, the batch, and stopping when validation AUC has not risen twice.
 Ours is the real `recsys train`. One function computes the figures of all sides from what they
 predict for the test rows. A rate is of training rows; evaluation is left out of everyone's clock.
@@ -42,13 +43,14 @@ from recsys.data.dataset import Dataset
 from recsys.data.examples import Cut, Examples, rated
 from recsys.evaluation.significance import Interval
 from recsys.evaluation.task_significance import auc_difference
+from recsys.history import value_bucket
 from recsys.task_metrics import task_metrics
 
 HERE = Path(__file__).resolve().parent / "bench"
 OURS = {
     "DCNv2": ["model/path=none", "model/crossing=dcnv2"],
-    "DIN": ["model/path=din", "model/crossing=mlp"],
-    "default": [],
+    "DIN": ["model/path=din", "model/crossing=mlp", "model.values=true"],
+    "default": ["model.values=true"],
 }
 """What `recsys train` is given for each of ours besides COMMON: crossing, path, and both."""
 COMMON = ["model=ranker", "batches=shown", "features=movielens", "examples=rated"]
@@ -89,7 +91,7 @@ def rows_of(dataset: Dataset, examples: Examples) -> CtrRows:
     items_R = coded(examples.items, part_R == 0)
     code_of = np.ones(dataset.num_items + 1, np.int64)
     code_of[examples.items] = items_R
-    histories, lengths = histories_of(dataset, examples, code_of)
+    histories, ratings, lengths = histories_of(dataset, examples, code_of)
     hours = times_R // 3_600_000
     return CtrRows(
         part=part_R,
@@ -100,6 +102,7 @@ def rows_of(dataset: Dataset, examples: Examples) -> CtrRows:
         weekdays=(hours // 24 + 3) % 7,
         histories=histories[requests],
         lengths=lengths[requests],
+        ratings=ratings[requests],
         labels=examples.labels[:, 0],
         item_genres=genres_of(dataset, code_of),
     )
@@ -107,14 +110,15 @@ def rows_of(dataset: Dataset, examples: Examples) -> CtrRows:
 
 def histories_of(
     dataset: Dataset, examples: Examples, code_of: NDArray[np.int64]
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Return each request's newest item codes [Q, L] from place 0 on, and how many there are."""
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
+    """Return each request's newest item and rating codes [Q, L], and how many there are."""
     known = np.maximum(examples.users, 0)
     paths = dataset.histories(known, examples.places, LENGTH)
     lengths = np.diff(paths.offsets)
-    found = np.zeros((len(lengths), LENGTH), np.int32)
-    found[np.arange(LENGTH) < lengths[:, None]] = code_of[paths.items]
-    return found, lengths
+    items, ratings = np.zeros((2, len(lengths), LENGTH), np.int32)
+    there = np.arange(LENGTH) < lengths[:, None]
+    items[there], ratings[there] = code_of[paths.items], value_bucket(paths.values)
+    return items, ratings, lengths
 
 
 def genres_of(dataset: Dataset, code_of: NDArray[np.int64]) -> NDArray[np.int32]:

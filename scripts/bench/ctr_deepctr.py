@@ -20,14 +20,16 @@ NAMES = {"history": "hist_item", "length": "hist_length"}
 
 def features(rows: CtrRows, embedding: int) -> list[Any]:
     sizes = rows.sizes
-    plain = [SparseFeat(name, size, embedding) for name, size in sizes.items() if name != "genres"]
+    pooled = {"genres": rows.item_genres.shape[1], "ratings": rows.ratings.shape[1]}
+    plain = [
+        SparseFeat(name, size, embedding) for name, size in sizes.items() if name not in pooled
+    ]
     history = SparseFeat("hist_item", sizes["item"], embedding, embedding_name="item")
-    genres = SparseFeat("genres", sizes["genres"], embedding)
     length = rows.histories.shape[1]
     return [
         *plain,
         VarLenSparseFeat(history, length, length_name="hist_length"),
-        VarLenSparseFeat(genres, rows.item_genres.shape[1]),
+        *(VarLenSparseFeat(SparseFeat(n, sizes[n], embedding), w) for n, w in pooled.items()),
     ]
 
 

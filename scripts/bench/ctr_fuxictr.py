@@ -34,11 +34,12 @@ def specs(rows: CtrRows) -> list[dict[str, dict[str, Any]]]:
     sizes = rows.sizes
     category = {"type": "categorical", "source": "context"}
     pooled = {"padding_idx": 0, "feature_encoder": "layers.MaskedAveragePooling()"}
-    genres = {"type": "sequence", "source": "context", "max_len": rows.item_genres.shape[1]}
+    pooled |= {"type": "sequence", "source": "context"}
+    widths = {"genres": rows.item_genres.shape[1], "ratings": rows.ratings.shape[1]}
     return [
         *({name: {"type": "meta"}} for name in ("user_index", "seq_len", "item_index")),
         *({name: {**category, "vocab_size": sizes[name]}} for name in ("user", "hour", "weekday")),
-        {"genres": {**genres, "vocab_size": sizes["genres"], **pooled}},
+        *({n: {**pooled, "max_len": w, "vocab_size": sizes[n]}} for n, w in widths.items()),
         {"item": {**category, "source": "item", "vocab_size": sizes["item"], "padding_idx": 0}},
     ]
 
@@ -63,8 +64,8 @@ def write(rows: CtrRows, folder: Path) -> None:
         sequences.to_parquet(folder / f"{part}-sequences.parquet")
         frame = {name: columns[name].astype(int) for name in ("user", "hour", "weekday", "label")}
         own = {"user_index": index, "seq_len": columns["length"], "item_index": columns["item"]}
-        genres = list(columns["genres"])
-        pd.DataFrame({**own, **frame, "genres": genres}).to_parquet(folder / f"{part}.parquet")
+        lists = {name: list(columns[name]) for name in ("genres", "ratings")}
+        pd.DataFrame({**own, **frame, **lists}).to_parquet(folder / f"{part}.parquet")
 
 
 def loader(features: FeatureMap, part: str, folder: Path, settings: CtrSettings) -> Any:

@@ -21,14 +21,17 @@ def model_of(settings: CtrSettings, rows: CtrRows) -> Any:
     sizes, embedding = rows.sizes, settings.embedding
     plain = [SparseFeature(name, sizes[name], embedding) for name in ("user", "hour", "weekday")]
     item = SparseFeature("item", sizes["item"], embedding, padding_idx=0)
-    genres = SequenceFeature("genres", sizes["genres"], embedding, "mean", padding_idx=0)
+    pooled = [
+        SequenceFeature(name, sizes[name], embedding, "mean", padding_idx=0)
+        for name in ("genres", "ratings")
+    ]
     pooling = "concat" if settings.model == "din" else "mean"
     history = SequenceFeature(
         "history", sizes["item"], embedding, pooling, shared_with="item", padding_idx=0
     )
     if settings.model == "din":
-        return DIN([*plain, genres], [history], [item], MLP, {"dims": [36]})
-    return DCNv2([*plain, item, genres, history], n_cross_layers=3, mlp_params=MLP)
+        return DIN([*plain, *pooled], [history], [item], MLP, {"dims": [36]})
+    return DCNv2([*plain, item, *pooled, history], n_cross_layers=3, mlp_params=MLP)
 
 
 def inputs(rows: CtrRows, part: str) -> tuple[dict[str, Any], Any]:

@@ -54,7 +54,8 @@ class CtrRows:
     """Shown items in the order of time, coded by what the training rows hold.
 
     part: 0 train, 1 validation, 2 test. histories int32 [R, L]: the newest items strictly before,
-    oldest first, from place 0 on; lengths how many. item_genres int32 [N + 2, W] by item code.
+    oldest first, from place 0 on; lengths how many; ratings int32 [R, L], codes of what was given
+    to each. item_genres int32 [N + 2, W] by item code.
     """
 
     part: NDArray[np.int8]
@@ -64,6 +65,7 @@ class CtrRows:
     weekdays: Ints
     histories: NDArray[np.int32]
     lengths: Ints
+    ratings: NDArray[np.int32]
     labels: NDArray[np.float32]
     item_genres: NDArray[np.int32]
 
@@ -82,12 +84,13 @@ class CtrRows:
             "user": int(self.users.max()) + 1,
             "item": len(self.item_genres),
             "genres": int(self.item_genres.max()) + 1,
+            "ratings": int(self.ratings.max()) + 1,
             "hour": 24,
             "weekday": 7,
         }
 
     def columns(self, part: str) -> dict[str, NDArray[Any]]:
-        """Return the columns of one part's rows; of `genres` [R, W], of `history` [R, L]."""
+        """Return the columns of a part's rows: `genres` [R, W], `history`, `ratings` [R, L], …"""
         at = self.part == PARTS.index(part)
         return {
             "user": self.users[at],
@@ -97,6 +100,7 @@ class CtrRows:
             "weekday": self.weekdays[at],
             "history": self.histories[at],
             "length": self.lengths[at],
+            "ratings": self.ratings[at],
             "label": self.labels[at],
         }
 

@@ -1,12 +1,18 @@
-"""Optimizers beside those of torch: Adam that touches only the rows a step has read."""
+"""What torch's optimizers lack: Adam that touches only rows just read, and a falling rate."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from math import cos, pi
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from recsys.schema import InputError
 
 SMALL = 4_096
 """Rows up to which a table moves as a whole."""
@@ -79,3 +85,37 @@ class LazyAdam(torch.optim.Adam):
             moments = {name: torch.zeros_like(table) for name in ("exp_avg", "exp_avg_sq")}
             state |= {"step": torch.tensor(0.0)} | moments
         return dict(state)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """A learning rate that rises over the first steps, then falls along half a cosine.
+
+    warmup: share of a training's steps in which it rises to the optimizer's own; floor: what is
+    left of it at the end, as a share. Loshchilov & Hutter 2017, section 3, without restarts. Raises
+    InputError for shares beyond 0 to 1.
+
+    >>> rate = Cosine(warmup=0.5, floor=0.1)
+    >>> [round(rate.share(step, steps=8), 2) for step in range(8)]
+    [0.25, 0.5, 0.75, 1.0, 1.0, 0.87, 0.55, 0.23]
+    """
+
+    warmup: float = 0.05
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("warmup", "floor"):
+            if not 0 <= (share := getattr(self, name)) < 1:
+                raise InputError(f"schedule.{name}={share}: expected 0 or more, and less than 1")
+
+    def __call__(self, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+        """Return what sets the rate of a training of so many steps."""
+        return LambdaLR(optimizer, partial(self.share, steps=steps))
+
+    def share(self, step: int, steps: int) -> float:
+        """Return what the rate of a step is multiplied by."""
+        rising = self.warmup * steps
+        if step < rising:
+            return min(1.0, (step + 1) / rising)
+        passed = min(1.0, (step - rising) / (steps - rising))
+        return self.floor + (1 - self.floor) * (1 + cos(pi * passed)) / 2

@@ -22,7 +22,7 @@ from recsys.training.runs import LAST
 EPOCHS, STEPS = 4, 40
 TRAIN = (
     f"train trainer=cpu model.dim=16 batches.size=3 trainer.max_epochs={EPOCHS} patience=null "
-    "model.dropout=0.3 trainer.log_every_n_steps=1 checkpoint_every.steps=7"
+    "model.dropout=0.3 schedule=cosine trainer.log_every_n_steps=1 checkpoint_every.steps=7"
 ).split()
 
 

@@ -29,14 +29,17 @@ def test_columns_of_a_part_and_saved_again(tmp_path: Path) -> None:
         weekdays=ones,
         histories=np.zeros((3, 4), np.int32),
         lengths=0 * ones,
+        ratings=np.array([[0, 0], [3, 0], [1, 2]], np.int32),
         labels=np.array([0, 1, 0], np.float32),
         item_genres=np.array([[0, 0], [0, 0], [2, 3]], np.int32),
     )
     rows.save(tmp_path / "rows.npz")
     test = CtrRows.load(str(tmp_path / "rows.npz")).columns("test")
     assert test["genres"].tolist() == [[0, 0], [2, 3]]
+    assert test["ratings"].tolist() == [[3, 0], [1, 2]]
     assert test["label"].tolist() == [1, 0]
-    assert rows.sizes == {"user": 2, "item": 3, "genres": 4, "hour": 24, "weekday": 7}
+    sizes = {"user": 2, "item": 3, "genres": 4, "ratings": 4, "hour": 24, "weekday": 7}
+    assert rows.sizes == sizes
 
 
 def test_evaluation_is_left_out_of_the_clock() -> None:

@@ -22,13 +22,14 @@ from recsys.config import config_dir
 from recsys.export.onnx import export_ranker
 from recsys.export.runtime import open_session
 from recsys.features import Field, Layout
-from recsys.history import GAP_BUCKETS
+from recsys.history import GAP_BUCKETS, VALUE_BUCKETS
 from recsys.launch import configure
 from recsys.models import Calibrated, Ranker
 from recsys.models.calibration import Calibration
 from recsys.models.crossing import SplitLinear
 from recsys.models.heads import Funnel, chained
 from recsys.models.ranker import Codes
+from recsys.models.target import row_sums
 from recsys.schema import EVENT_TYPES, InputError
 from recsys.task_losses import Uncertainty, multi_task, softmax_in_request, task_losses
 
@@ -86,6 +87,7 @@ def random_batch(
         "path_codes": codes(rng, layout.item_codes, (batch, length)),
         "types": rng.integers(0, len(EVENT_TYPES) + 1, (batch, length)),
         "gaps": rng.integers(0, GAP_BUCKETS, (batch, length)),
+        "values": rng.integers(0, VALUE_BUCKETS, (batch, length)),
         "lengths": lengths,
     }
     tensors = {name: torch.from_numpy(arrays[name]) for name in model.inputs}
@@ -121,24 +123,51 @@ def test_every_choice_answers_each_candidate_alone(choice: str) -> None:
 
 @pytest.mark.parametrize("path", ["din", "target_attention", "transformer"])
 def test_padding_says_nothing(path: str) -> None:
-    model = made(f"path={path}")
+    model = made(f"path={path}", values=True)
     batch = random_batch(model, LAYOUT, (4, 3, 6))
     padded = {n: batch[n].clone() for n in batch}
     outside = torch.arange(6) >= batch["lengths"][:, None]
-    for name in ("path_codes", "types", "gaps"):
+    for name in ("path_codes", "types", "gaps", "values"):
         padded[name][outside] = 1
     assert torch.allclose(answer(model, batch), answer(model, padded), atol=1e-6)
 
 
 @pytest.mark.parametrize("path", ["din", "target_attention", "transformer"])
 def test_items_met_again_are_looked_up_once_in_training_to_the_same_end(path: str) -> None:
-    model = made(f"path={path}", dropout=0.0)
+    model = made(f"path={path}", dropout=0.0, values=True)
     batch = random_batch(model, LAYOUT, (4, 3, 6))
     batch["path_codes"][1:] = batch["path_codes"][:1]
     assert len(model.codes.distinct("item_codes", batch["path_codes"])[0]) <= 6
     with torch.no_grad():
         trained = model.train()(*(batch[name] for name in model.inputs))
     assert torch.allclose(trained, answer(model, batch), atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["din", "target_attention", "transformer"])
+def test_reads_what_events_were_worth_but_the_newest(path: str) -> None:
+    model = made(f"path={path}", values=True)
+    batch = random_batch(model, LAYOUT, (4, 3, 6))
+    before, (rows, newest) = answer(model, batch), (torch.arange(4), batch["lengths"] - 1)
+    batch["values"][rows[1:], newest[1:]] = 7
+    assert torch.equal(answer(model, batch), before), "it is not known before the event ends"
+    several = batch["lengths"] > 1
+    batch["values"][several, 0] = (batch["values"][several, 0] + 1) % VALUE_BUCKETS
+    assert ((answer(model, batch) != before).flatten(1).any(1) == several).all()
+
+
+def test_row_sums_are_sums_of_lookups_with_their_gradients() -> None:
+    tables = [torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 3)]
+    codes = [torch.randint(n, (6, 2)) for n in (5, 3)]
+    summed = row_sums(tables, codes)
+    plain = sum(nn.functional.embedding(c, t) for t, c in zip(tables, codes, strict=True))
+    assert torch.allclose(summed, plain)
+    pull = torch.randn_like(summed)
+    for ours, theirs in zip(
+        torch.autograd.grad(summed, tables, pull),
+        torch.autograd.grad(plain, tables, pull),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_reads_only_what_there_is() -> None:

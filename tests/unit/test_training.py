@@ -58,7 +58,13 @@ def test_every_loss_learns(loss: str, dataset: Dataset, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(
     "setting",
-    ["averaging=0.5", "objective.contrastive=0.1", "batches.horizon=2", "model.interests=2"],
+    [
+        "averaging=0.5",
+        "schedule=cosine",
+        "objective.contrastive=0.1",
+        "batches.horizon=2",
+        "model.interests=2",
+    ],
 )
 @pytest.mark.parametrize("layer", ["attention", "filtered"])
 def test_every_setting_learns(
@@ -73,6 +79,7 @@ def test_every_setting_learns(
     ("setting", "problem"),
     [
         ("averaging=0", "averaging=0: expected a number of epochs above 0, or null"),
+        ("schedule=cosine schedule.warmup=1", "schedule.warmup=1: expected 0 or more, and less"),
         ("batches.horizon=0", "batches.horizon=0: expected 1 (the next event) or more"),
         ("objective.type_weights={buy:2}", "unknown event type 'buy'"),
         ("objective.type_weights={purchase:-1}", "type_weights.purchase=-1: expected 0 or more"),

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from recsys.artifacts import sha256
 from recsys.export.runtime import OUTPUT, Encoder, open_session
 from recsys.features import Field, Layout
-from recsys.history import GAP_BUCKETS, OWN_RECENCY, Arrays, Histories, encode
+from recsys.history import (
+    GAP_BUCKETS,
+    OWN_RECENCY,
+    VALUE_BUCKETS,
+    Arrays,
+    Histories,
+    encode,
+)
 from recsys.models.ranker import Calibrated
 from recsys.schema import EVENT_TYPES
 
@@ -117,6 +124,7 @@ def random_shown(
         "path_codes": _codes(rng, layout.item_codes, path),
         "types": rng.integers(1, len(EVENT_TYPES) + 1, path),
         "gaps": rng.integers(0, GAP_BUCKETS, path),
+        "values": rng.integers(0, VALUE_BUCKETS, path),
         "lengths": np.append(rng.integers(0, length + 1, batch - 1), length),
     }
     return {name: arrays[name] for name in model.inputs}

@@ -30,9 +30,9 @@ class Ranker(nn.Module):
 
     `crossing`, `path` and `heads` make its parts (see `recsys.models.crossing`, `target` and
     `heads`); `path` null reads no history. `retriever`, the width of a retriever's vectors,
-    adds its score as a number, and what its query and item vectors say; `event_types` and `gaps`
-    are what else is read of the path. `inputs` are the arrays that `layout` has, and those of the
-    path and the retriever.
+    adds its score as a number, and what its query and item vectors say; `event_types`, `gaps` and
+    `values` are what else is read of the path. `inputs` are the arrays that `layout` has, and those
+    of the path and the retriever.
     """
 
     layout = "shown"
@@ -51,10 +51,13 @@ class Ranker(nn.Module):
         heads: MakePart = Mmoe,
         event_types: bool = True,
         gaps: bool = True,
+        values: bool = False,
     ) -> None:
         super().__init__()
         self.tasks, self.max_length = _checked(tasks), max_length
-        self.inputs = _inputs(layout, retriever, path is not None, event_types, gaps)
+        wanted = {"types": event_types, "gaps": gaps, "values": values}
+        reads = tuple(name for name, read in wanted.items() if read)
+        self.inputs = _inputs(layout, retriever, path is not None, reads)
         self.codes = Codes(layout.request_codes, layout.item_codes, dim)
         self.numbers = nn.ModuleDict(
             {name: Numbers(count, number_dim) for name, count in _counts(layout, retriever).items()}
@@ -65,7 +68,7 @@ class Ranker(nn.Module):
         self.found = nn.Linear(retriever, dim) if retriever else None
         self.anyone = nn.Parameter(torch.zeros(1, dim))
         fields = len(layout.item_codes)
-        self.path = path and path(fields, dim, max_length, dropout, event_types, gaps)
+        self.path = path and path(fields, dim, max_length, dropout, reads)
         self.crossing = crossing(*self._widths(layout, dim), dropout)
         self.heads = heads(self.crossing.width, self.tasks, dropout)
         # Gradients of what is never read would be waited for where several processes train.
@@ -264,9 +267,7 @@ def _counts(layout: Layout, retriever: int) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _inputs(
-    layout: Layout, retriever: int, path: bool, event_types: bool, gaps: bool
-) -> tuple[str, ...]:
+def _inputs(layout: Layout, retriever: int, path: bool, reads: Sequence[str]) -> tuple[str, ...]:
     if path and not layout.item_codes:
         raise InputError(
             "model.path reads categorical item columns, and features declare none; add one, as in "
@@ -280,10 +281,7 @@ def _inputs(
         "item_vectors": layout.vector_width > 0,
         "cross_numbers": bool(layout.cross_numbers),
         **dict.fromkeys(("retrieval_scores", "queries", "candidate_vectors"), retriever > 0),
-        "path_codes": path,
-        "types": path and event_types,
-        "gaps": path and gaps,
-        "lengths": path,
+        **dict.fromkeys(("path_codes", *reads, "lengths"), path),
     }
     inputs = tuple(name for name, wanted in there.items() if wanted)
     if not set(inputs) - {"request_codes", "request_numbers"}:

@@ -1,26 +1,30 @@
 """Interchangeable parts of the ranker that read the path as each candidate asks of it.
 
-Every part is told the number of item `fields` and their `dim`, `max_length`, `dropout` and whether
-`types` and `gaps` are read; it answers read_BCP, P being its `width`. What depends on the path
-alone is computed once a request. An empty path is no special case: it says nothing.
+Every part is told the number of item `fields` and their `dim`, `max_length`, `dropout` and which of
+`OF_EVENTS` it `reads` of each event; it answers read_BCP, P being its `width`. What depends on the
+path alone is computed once a request. An empty path is no special case: it says nothing.
 Shapes: B requests, C candidates, L path length, U distinct items of all paths, K item width
 (fields × dim), F fields, A attention width, H hidden units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.history import GAP_BUCKETS
+from recsys.history import GAP_BUCKETS, VALUE_BUCKETS
 from recsys.models.layers import Attention, Path
 from recsys.schema import EVENT_TYPES, InputError
 
 MakeLayer = Callable[..., nn.Module]
+OF_EVENTS = {"types": len(EVENT_TYPES) + 1, "gaps": GAP_BUCKETS, "values": VALUE_BUCKETS}
+"""What may be read of an event beside its item, and how many codes each has."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,16 @@ class PathItems:
     vectors: Tensor
     place_BL: Tensor | None = None
 
-    def through(self, layer: nn.Module) -> Tensor:
-        """Return [B, L, A], a layer's answer to each item."""
+    def through(
+        self, layer: nn.Module, tables: Sequence[Tensor], codes: Sequence[Tensor]
+    ) -> Tensor:
+        """Return a layer's answer to each item plus a row of every table, by codes: [B, L, A]."""
         answer: Tensor = layer(self.vectors)
-        return answer if self.place_BL is None else F.embedding(self.place_BL, answer)
+        if self.place_BL is not None:
+            return row_sums([answer, *tables], [self.place_BL, *codes])
+        for table, code_BL in zip(tables, codes, strict=True):
+            answer = answer + F.embedding(code_BL, table)
+        return answer
 
     def newest(self, length_B: Tensor) -> Tensor:
         """Return the newest event's vector [B, 1, K], zeros where the path is empty.
@@ -54,29 +64,29 @@ class PathItems:
 class Events(nn.Module):
     """Brings items of the path and candidates into one space, where like meets like.
 
-    An event adds what it was, how long after the one before, and how many came since.
+    An event adds how many came since, and what is read of it: its type, how long after the one
+    before, its value. The newest event's value is not read: a dwell is not known before it ends.
     """
 
-    def __init__(self, item: int, width: int, max_length: int, types: bool, gaps: bool) -> None:
+    def __init__(self, item: int, width: int, max_length: int, reads: Sequence[str]) -> None:
         super().__init__()
         self.item = nn.Linear(item, width, bias=False)
-        self.since = nn.Embedding(max_length, width)
-        self.types = nn.Embedding(len(EVENT_TYPES) + 1, width) if types else None
-        self.gaps = nn.Embedding(GAP_BUCKETS, width) if gaps else None
-        for table in (self.since, self.types, self.gaps):
-            if table is not None:
-                nn.init.normal_(table.weight, std=0.02)
+        self.reads = tuple(reads)
+        for name, size in {"since": max_length, **{n: OF_EVENTS[n] for n in reads}}.items():
+            table = nn.Embedding(size, width)
+            nn.init.normal_(table.weight, std=0.02)
+            self.add_module(name, table)
 
     def forward(self, items: PathItems, batch: Mapping[str, Tensor]) -> Tensor:
         """Return event_BLA."""
-        event_BLA = items.through(self.item)
-        places_L = torch.arange(event_BLA.shape[1], device=event_BLA.device)
-        since_BL = (batch["lengths"][:, None] - 1 - places_L).clamp(min=0)
-        event_BLA = event_BLA + self.since(since_BL)
-        for name, table in (("types", self.types), ("gaps", self.gaps)):
-            if table is not None:
-                event_BLA = event_BLA + table(batch[name])
-        return event_BLA
+        length_B1 = batch["lengths"][:, None]
+        places_L = torch.arange(batch["path_codes"].shape[1], device=length_B1.device)
+        since_BL = (length_B1 - 1 - places_L).clamp(min=0)
+        told = {"since": since_BL, **{name: batch[name] for name in self.reads}}
+        if "values" in told:
+            told["values"] = told["values"].masked_fill(since_BL == 0, 0)
+        tables = [cast(nn.Embedding, self.get_submodule(name)).weight for name in told]
+        return items.through(self.item, tables, list(told.values()))
 
 
 class Din(nn.Module):
@@ -84,8 +94,8 @@ class Din(nn.Module):
 
     Source: DIN (Zhou et al. 2018, section 4.3): the network reads [q, k, q - k, q * k] and its
     weights are not normalised, so that many like events count for more than one. Its first layer
-    is taken apart: what reads q or k alone is computed once a candidate or an event, and only
-    what reads their product once a pair.
+    is taken apart: what reads q alone is computed once a candidate, and what reads k and q * k is
+    one product of every event with a matrix of the candidate's own.
     """
 
     def __init__(
@@ -94,13 +104,12 @@ class Din(nn.Module):
         dim: int,
         max_length: int,
         dropout: float,
-        types: bool,
-        gaps: bool,
+        reads: Sequence[str],
         width: int = 32,
         hidden: int = 16,
     ) -> None:
         super().__init__()
-        self.events = Events(fields * dim, width, max_length, types, gaps)
+        self.events = Events(fields * dim, width, max_length, reads)
         self.by_query, self.by_key = nn.Linear(width, hidden), nn.Linear(width, hidden, bias=False)
         self.by_product = nn.Parameter(torch.randn(hidden, width) / width**0.5)
         self.weight = nn.Linear(hidden, 1)
@@ -117,12 +126,12 @@ class Din(nn.Module):
         return torch.cat([weight_BCL @ key_BLA, query_BCA], dim=-1)
 
     def _weights(self, query_BCA: Tensor, key_BLA: Tensor) -> Tensor:
-        asking_BCHA = query_BCA[:, :, None] * self.by_product
-        pairs_BXL = asking_BCHA.flatten(1, 2) @ key_BLA.transpose(1, 2)
-        pairs_BCHL = pairs_BXL.unflatten(1, (-1, self.by_product.shape[0]))
-        keys_B1HL = self.by_key(key_BLA).transpose(1, 2)[:, None]
-        hidden_BCHL = F.relu(pairs_BCHL + keys_B1HL + self.by_query(query_BCA)[..., None])
-        return (self.weight.weight @ hidden_BCHL).squeeze(2) + self.weight.bias
+        asking_BCHA = query_BCA[:, :, None] * self.by_product + self.by_key.weight
+        pairs_BLX = key_BLA @ asking_BCHA.flatten(1, 2).transpose(1, 2)
+        pairs_BLCH = pairs_BLX.unflatten(2, (-1, self.by_product.shape[0]))
+        hidden_BLCH = F.relu(pairs_BLCH + self.by_query(query_BCA)[:, None])
+        weight_BLC: Tensor = self.weight(hidden_BLCH).squeeze(-1)
+        return weight_BLC.transpose(1, 2)
 
 
 class TargetAttention(nn.Module):
@@ -143,8 +152,7 @@ class TargetAttention(nn.Module):
         dim: int,
         max_length: int,
         dropout: float,
-        types: bool,
-        gaps: bool,
+        reads: Sequence[str],
         width: int = 32,
         heads: int = 2,
     ) -> None:
@@ -152,7 +160,7 @@ class TargetAttention(nn.Module):
         if width % heads:
             raise InputError(f"model.path.width={width} is not a multiple of its heads={heads}")
         self.heads = heads
-        self.events = Events(fields * dim, width, max_length, types, gaps)
+        self.events = Events(fields * dim, width, max_length, reads)
         self.nothing = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         field_KF = torch.eye(fields).repeat_interleave(dim, dim=0)
@@ -216,14 +224,13 @@ class Transformer(TargetAttention):
         dim: int,
         max_length: int,
         dropout: float,
-        types: bool,
-        gaps: bool,
+        reads: Sequence[str],
         width: int = 32,
         heads: int = 2,
         layers: int = 1,
         layer: MakeLayer = Attention,
     ) -> None:
-        super().__init__(fields, dim, max_length, dropout, types, gaps, width, heads)
+        super().__init__(fields, dim, max_length, dropout, reads, width, heads)
         self.layers = nn.ModuleList(layer(width, max_length, dropout) for _ in range(layers))
         if any(part.reads_times for part in self.layers):
             raise InputError(
@@ -241,3 +248,33 @@ def there(event_BLA: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Return where the path has an event rather than padding: bool [B, L]."""
     places_L = torch.arange(event_BLA.shape[1], device=event_BLA.device)
     return places_L < batch["lengths"][:, None]
+
+
+class _RowSums(torch.autograd.Function):
+    """Sums of some rows of a table, whose backward is several times faster than embedding_bag's."""
+
+    @staticmethod
+    def forward(ctx: Any, table_RA: Tensor, rows_EK: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_EK)
+        ctx.count = len(table_RA)
+        return F.embedding_bag(rows_EK, table_RA, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (rows_EK,), (grad_EA,) = ctx.saved_tensors, grads
+        grad_RA = grad_EA.new_zeros(ctx.count, grad_EA.shape[1])
+        for rows_E in rows_EK.unbind(1):
+            grad_RA.index_add_(0, rows_E, grad_EA)
+        return grad_RA, None
+
+
+def row_sums(tables: Sequence[Tensor], codes: Sequence[Tensor]) -> Tensor:
+    """Return the sum of one row of each table [R, A], by its codes [B, L], in one pass: [B, L, A].
+
+    >>> row_sums([torch.eye(2), torch.ones(3, 2)], [torch.tensor([[1]]), torch.tensor([[2]])])
+    tensor([[[1., 2.]]])
+    """
+    first = [0, *accumulate(map(len, tables))]
+    rows_BLK = torch.stack([code + row for code, row in zip(codes, first, strict=False)], dim=-1)
+    summed: Tensor = _RowSums.apply(torch.cat(list(tables)), rows_BLK.flatten(0, 1))
+    return summed.unflatten(0, codes[0].shape)

@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from recsys import peers
 from recsys.data.batches import IDLE
@@ -26,6 +27,7 @@ BAR_STEPS = 10
 RANK_SEEDS = 1 << 40
 """Distance between the seeds of two processes in one step."""
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+Schedule = Callable[[torch.optim.Optimizer, int], LRScheduler]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class SeededModule(pl.LightningModule):
 
     total_loss: Tensor
     negatives: torch.Generator | None = None
+    schedule: Schedule | None = None
+    """How the learning rate moves, given the optimizer and the number of steps."""
 
     def __init__(self, model: nn.Module, optimizer: OptimizerFactory, seed: int) -> None:
         super().__init__()
@@ -84,12 +88,15 @@ class SeededModule(pl.LightningModule):
         if self.trainer.progress_bar_callback and self.global_step % BAR_STEPS == 0:
             self.log("positions/s", self.rate, prog_bar=True, logger=False)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the optimizer over all parameters."""
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer over all parameters, and how its rate moves, step by step."""
         optimizer = self.make_optimizer(self.parameters())
         if isinstance(optimizer, LazyAdam):
             optimizer.prepare(self.model)
-        return optimizer
+        if self.schedule is None:
+            return optimizer
+        scheduler = self.schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     @property
     def rate(self) -> float:

@@ -127,6 +127,7 @@ def check_sharding(config: DictConfig, loss: Loss) -> None:
         "trainer.gradient_clip_val": (trainer.get("gradient_clip_val"), None),
         "trainer.accumulate_grad_batches": (trainer.get("accumulate_grad_batches", 1), 1),
         "averaging": (config.averaging, None),
+        "schedule": (config.get("schedule") and "cosine", None),
         "item_start": (config.item_start, "random"),
     }
     for name, (met, expected) in idle.items():

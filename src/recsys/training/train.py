@@ -216,6 +216,12 @@ def retest(folder: Path, workspace: Workspace) -> Trained:
 def _assemble(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Job:
     """Make all that a setting could be wrong for, before anything is written."""
     pl.seed_everything(config.seed, verbose=False)
+    job = _job(config, dataset, workspace)
+    job.module.schedule = instantiate(config.get("schedule"))
+    return job
+
+
+def _job(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Job:
     if config.get("resume_from") is not None:
         from recsys.training.warm import ContinuedJob
 
