@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def check_lazy(config: DictConfig) -> None:
 
 
 def _module(config: DictConfig, model: nn.Module, counts: NDArray[Any]) -> RetrieverModule:
-    loss, optimizer = instantiate(config.loss), instantiate(config.optimizer)
+    loss, optimizer = unguarded(instantiate(config.loss)), instantiate(config.optimizer)
     count, objective = torch.from_numpy(counts), Objective(**config.objective)
     parts = (model, loss, optimizer, count, config.seed, objective)
     if not sharded_tables(model):
@@ -112,3 +113,12 @@ def _module(config: DictConfig, model: nn.Module, counts: NDArray[Any]) -> Retri
 
     check_sharding(config, loss)
     return ShardedRetriever(*parts, sharding=instantiate(config.embedding))
+
+
+def unguarded(made: Any) -> Any:
+    """Return the same without the check that Hydra makes at every call: a tenth of a millisecond.
+
+    >>> unguarded(partial(max, 3))(5)
+    5
+    """
+    return partial(made.func, *made.args, **made.keywords) if isinstance(made, partial) else made
