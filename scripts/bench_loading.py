@@ -19,13 +19,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.artifacts import SCHEMA_VERSIONS, write_json
+from recsys.data.batches import WINDOW, Batches, PackedBatches, Steps
 from recsys.data.dataset import EVENT_ARRAYS, Dataset
 
 READ = ("items", "types", "times")
@@ -95,7 +98,6 @@ def measure(folder: Path, shuffle: str, reads: float, trains: float, size: int) 
     """Read for so many seconds, then train for so many; print each rate as JSON."""
     import torch
 
-    from recsys.data.batches import WINDOW, PackedBatches
     from recsys.data.catalogue import Catalogue
     from recsys.losses import ItemSide, sampled_softmax
     from recsys.models import Trajectory
@@ -106,7 +108,7 @@ def measure(folder: Path, shuffle: str, reads: float, trains: float, size: int) 
     began = time.perf_counter()
     kind = "global" if shuffle == "global" else WINDOW
     batches = PackedBatches(dataset, size, seed=1, length=50, shuffle=kind)
-    made = iter(batches.loader())
+    made = epochs(batches)
     next(made)
     found = {"start_seconds": time.perf_counter() - began}
     found["read"] = _rates(lambda: next(made), reads)
@@ -125,6 +127,15 @@ def measure(folder: Path, shuffle: str, reads: float, trains: float, size: int) 
 
     found["train"] = _rates(step, trains)
     print(json.dumps(found | {"peak_gib": peak_memory_gib()}))
+
+
+def epochs(batches: Batches) -> Iterator[dict[str, Any]]:
+    """Yield the batches of one epoch after another, without end."""
+    sampler = Steps(batches.steps)
+    loader = batches.loader(sampler=sampler)
+    for epoch in count():
+        sampler.set_epoch(epoch)
+        yield from loader
 
 
 def _rates(step, seconds: float) -> dict[str, list[float]]:
