@@ -80,6 +80,7 @@ def test_every_setting_learns(
     [
         ("averaging=0", "averaging=0: expected a number of epochs above 0, or null"),
         ("schedule=cosine schedule.warmup=1", "schedule.warmup=1: expected 0 or more, and less"),
+        ("schedule=cosine trainer.max_epochs=-1", "a rate that falls needs to know the end"),
         ("batches.horizon=0", "batches.horizon=0: expected 1 (the next event) or more"),
         ("objective.type_weights={buy:2}", "unknown event type 'buy'"),
         ("objective.type_weights={purchase:-1}", "type_weights.purchase=-1: expected 0 or more"),

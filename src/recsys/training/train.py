@@ -28,7 +28,7 @@ from recsys.schema import InputError
 from recsys.training.callbacks import Validation, callbacks
 from recsys.training.checkpoints import Bookmark, WholeCheckpoints
 from recsys.training.memory import keep_large_buffers, out_of_memory, what_to_lower
-from recsys.training.module import SeededModule
+from recsys.training.module import Schedule, SeededModule
 from recsys.training.processes import launched, restartable, settle, told
 from recsys.training.runs import BEST, LAST, dataset_of, read_config, short_name
 from recsys.training.tracking import Tracker, flatten, make_tracker
@@ -217,8 +217,18 @@ def _assemble(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Job
     """Make all that a setting could be wrong for, before anything is written."""
     pl.seed_everything(config.seed, verbose=False)
     job = _job(config, dataset, workspace)
-    job.module.schedule = instantiate(config.get("schedule"))
+    job.module.schedule = _schedule(config)
     return job
+
+
+def _schedule(config: DictConfig) -> Schedule | None:
+    """Return how the learning rate moves, towards an end that there must be."""
+    if config.get("schedule") is not None and config.trainer.max_epochs in (None, -1):
+        raise InputError(
+            f"schedule: a rate that falls needs to know the end, and trainer.max_epochs is "
+            f"{config.trainer.max_epochs}; type trainer.max_epochs=30, or schedule=null"
+        )
+    return cast("Schedule | None", instantiate(config.get("schedule")))
 
 
 def _job(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Job:
