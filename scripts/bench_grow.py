@@ -10,7 +10,7 @@ import json
 import tempfile
 import time
 from contextlib import ExitStack
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from recsys.data.sources.events import Events
 SPLIT = {"rule": "temporal"}
 
 
-def cut(file: Path, places: list[int], parts: list[Path]) -> None:
-    """Write the rows of a log from each place up to the next to a file of their own."""
+def cut(log: Path, places: list[int], parts: list[Path]) -> None:
+    """Write the rows of a folder's files from each place up to the next to a file of their own."""
     seen = 0
     with ExitStack() as stack:
         files = [stack.enter_context(pq.ParquetWriter(part, SCHEMA)) for part in parts]
-        for batch in pq.ParquetFile(file).iter_batches(BATCH):
+        read = (pq.ParquetFile(file).iter_batches(BATCH) for file in sorted(log.iterdir()))
+        for batch in chain.from_iterable(read):
             ends = [min(max(place - seen, 0), len(batch)) for place in places]
             for out, (first, last) in zip(files, pairwise(ends), strict=True):
                 out.write_batch(batch.slice(first, last - first))
@@ -57,7 +58,7 @@ def measure(root: Path, old: int, days: list[int], memory: str, sizes: tuple[int
 
     The days follow each other in the log; each is put onto the old dataset.
     """
-    whole, base = root / "whole.parquet", root / "base.parquet"
+    whole, base = root / "whole", root / "base.parquet"
     logs = [root / f"day-{day}.parquet" for day in days]
     places = [0, old, *(old + sum(days[: n + 1]) for n in range(len(days)))]
     generate(whole, places[-1], *sizes, 0)

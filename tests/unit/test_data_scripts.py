@@ -1,10 +1,11 @@
-"""scripts/download.py and scripts/bench_prepare.py, without a network and small."""
+"""scripts/download.py, bench_prepare.py and bench_grow.py, without a network and small."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import io
+import json
 import sys
 import zipfile
 from dataclasses import replace
@@ -13,6 +14,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from recsys.artifacts import Workspace
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -103,3 +106,14 @@ def test_bench_reports_rate_and_memory(tmp_path: Path) -> None:
     assert said["source_rows"] == 5_000
     assert said["rows_a_second"] > 0
     assert 50 < said["peak_mib"] < 4096
+
+
+def test_bench_grow_puts_each_day_onto_the_old_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    script("bench_grow").measure(tmp_path, 3000, [200, 500], "1GB", (100, 50))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row.get("day") for row in rows] == [None, 200, 500]
+    made = Workspace(tmp_path / "workspace").folder("dataset").glob("base-*/manifest.json")
+    assert len(list(made)) == 3
