@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
@@ -373,6 +373,9 @@ def explain_config(error: BaseException) -> str | None:
 def _closest(key: str) -> str:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         known = _keys(compose(CONFIG))
+    group = key.partition(".")[0]
+    for choice in (config_dir() / group).glob("*.yaml"):
+        known += _keys(cast(DictConfig, OmegaConf.load(choice)), f"{group}.")
     return " with the other choices" if key in known else suggestion(key, known)
 
 
