@@ -18,7 +18,7 @@ from recsys.losses import ItemSide
 from recsys.models.tables import Sharded, sharded_tables
 from recsys.schema import InputError
 from recsys.training.module import Loss, RetrieverModule
-from recsys.training.runs import LAST, TABLES
+from recsys.training.runs import LAST, TABLES, short_name
 from recsys.training.shards import Shards
 
 
@@ -120,14 +120,14 @@ def read_by(loss: Loss, items: ItemSide, targets: Tensor) -> Tensor:
 def check_sharding(config: DictConfig, loss: Loss) -> None:
     """Raise InputError for settings that have no effect on sharded tables, or cannot have."""
     _check_loss(loss)
-    trainer = config.trainer
+    trainer, schedule = config.trainer, config.get("schedule")
     if not str(trainer.get("strategy", "auto")).startswith("ddp"):
         raise InputError("embedding=sharded cuts tables over processes: add trainer=ddp")
     idle = {
         "trainer.gradient_clip_val": (trainer.get("gradient_clip_val"), None),
         "trainer.accumulate_grad_batches": (trainer.get("accumulate_grad_batches", 1), 1),
         "averaging": (config.averaging, None),
-        "schedule": (config.get("schedule") and "cosine", None),
+        "schedule": (schedule and short_name(schedule._target_), None),
         "item_start": (config.item_start, "random"),
     }
     for name, (met, expected) in idle.items():
