@@ -8,6 +8,7 @@ Queries are [P, D], or [P, H, D]: then an item's score is the nearest interest's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, reduce
@@ -21,6 +22,9 @@ from recsys.schema import InputError
 
 Products = Literal["auto", "bf16", "fp32"]
 Kernel = Literal["torch", "liger"]
+Drawn = Literal["uniform", "popularity"]
+ALIGNED = 32
+"""Numbers that a row of logits is a multiple of."""
 TILE = 1 << 26
 """Most logits that a full softmax holds at a time on a CPU; a quarter of a gigabyte in fp32."""
 
@@ -31,8 +35,8 @@ class ItemSide:
 
     `all` returns vectors_ND [N + 1, D]; `of` the vectors of some indices; `share` [N + 1] is each
     item's share of training events (0 for padding). Negatives are drawn by `generator`, or torch's
-    own. Where several processes train, `gather` returns the targets of all of them, and the place
-    among these where this one's begin.
+    own, of the CPU. Where several processes train, `gather` returns the targets of all of them, and
+    the place among these where this one's begin.
     """
 
     all: Callable[[], Tensor]
@@ -41,16 +45,21 @@ class ItemSide:
     generator: torch.Generator | None = None
     gather: Callable[[Tensor], tuple[Tensor, int]] = lambda target_P: (target_P, 0)
 
-    def sample(self, count: int, by: Literal["uniform", "popularity"]) -> tuple[Tensor, Tensor]:
-        """Draw item indices with replacement; return them and their log-probabilities, both [K]."""
-        if by == "popularity":
-            drawn = torch.multinomial(self.share, count, replacement=True, generator=self.generator)
-            return drawn, self.share[drawn].log()
+    def sample(self, count: int, by: Drawn) -> tuple[Tensor, Tensor]:
+        """Draw item indices, rising; return them and the log of each one's share, both [K].
+
+        One in each of `count` equal parts of the catalogue (`uniform`), or of its events
+        (`popularity`): every item as often as its share says, and more evenly than by dice alone.
+        """
         size = len(self.share) - 1
-        drawn = torch.randint(
-            1, size + 1, (count,), device=self.share.device, generator=self.generator
-        )
-        return drawn, torch.full((count,), 1 / size, device=drawn.device).log()
+        place = torch.rand(count, dtype=torch.float64, generator=self.generator)
+        place = ((torch.arange(count) + place) / count).to(self.share.device)
+        if by == "uniform":
+            drawn = (place * size).long().clamp(max=size - 1) + 1
+            return drawn, torch.full((count,), 1 / size, device=drawn.device).log()
+        below = self.share.double().cumsum(0)
+        drawn = torch.searchsorted(below, place * below[-1], right=True).clamp(max=size)
+        return drawn, self.share[drawn].log()
 
 
 def full_softmax(
@@ -242,21 +251,94 @@ def sampled_softmax(
     items: ItemSide,
     *,
     negatives: int = 256,
-    by: Literal["uniform", "popularity"] = "uniform",
+    by: Drawn = "uniform",
     logq: bool = True,
     temperature: float = 1.0,
+    chunk: int = 256,
+    products: Products = "auto",
     weight_P: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of the target among shared negatives, corrected for how they were drawn.
 
     Source: Bengio and Senécal 2008 (sampled softmax); the correction is log(K q) off each negative.
+    chunk, products: as of `full_softmax`.
     """
-    drawn_K, log_share_K = items.sample(negatives, by)
-    positive_P1 = score(query_PD, items.of(target_P)) / temperature
-    negative_PK = scores(query_PD, items.of(drawn_K)) / temperature
+    drawn, log_share = items.sample(negatives, by)
+    drawn_K, times_K = drawn.unique_consecutive(return_counts=True)
+    offset_K = times_K.log()
     if logq:
-        negative_PK = negative_PK - log_share_K - torch.tensor(float(negatives)).log()
-    return softmax_among(positive_P1, _without_hits(negative_PK, target_P, drawn_K), weight_P)
+        offset_K = offset_K - log_share[times_K.cumsum(0) - 1] - math.log(negatives)
+    at_P = torch.searchsorted(drawn_K, target_P).clamp(max=len(drawn_K) - 1)
+    hit_P = torch.where(drawn_K[at_P] == target_P, at_P, -1)
+    half = products == "bf16" or (products == "auto" and _bf16_pays(query_PD))
+    sides = query_PD / temperature, items.of(target_P), items.of(drawn_K)
+    loss = SampledCrossEntropy.apply(*sides, offset_K, hit_P, weight_P, chunk, half)
+    return cast(Tensor, loss)
+
+
+class SampledCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of an item of each position's own among drawn ones that all share.
+
+    As `LinearCrossEntropy`, with gradients made while logits are in cache. offset_K is added to the
+    scores of the drawn; hit_P: which of them is the position's own, -1 for none: it does not count.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_PD: Tensor,
+        own_PD: Tensor,
+        drawn_KD: Tensor,
+        offset_K: Tensor,
+        hit_P: Tensor,
+        weight_P: Tensor | None,
+        chunk: int,
+        half: bool,
+    ) -> Tensor:
+        """Return the scalar loss, keeping its gradients for the backward pass."""
+        dtype = torch.bfloat16 if half else query_PD.dtype
+        ctx.kinds = query_PD.dtype, own_PD.dtype, drawn_KD.dtype
+        query_PD, own_PD = query_PD.to(dtype).contiguous(), own_PD.to(dtype)
+        place, kept = len(drawn_KD), torch.float32 if half else dtype
+        # A column for the position's own item, and as many more as make products aligned.
+        more = ALIGNED - place % ALIGNED
+        drawn_WD = F.pad(drawn_KD.to(dtype), (0, 0, 0, more))
+        offset_W = F.pad(offset_K.to(dtype), (0, more), value=-torch.inf)
+        query_PHD = query_PD if query_PD.ndim == 3 else query_PD[:, None]
+        query_grad_PHD = torch.empty_like(query_PHD, dtype=kept)
+        own_grad_PD, drawn_grad_WD = (torch.zeros_like(x, dtype=kept) for x in (own_PD, drawn_WD))
+        total = query_PD.new_zeros((), dtype=torch.float32)
+        for at in range(0, len(query_PD), chunk):
+            some = slice(at, at + chunk)
+            own_CD, weight_C = own_PD[some], None if weight_P is None else weight_P[some]
+            logits_HCW = [torch.addmm(offset_W, q, drawn_WD.T) for q in query_PHD[some].unbind(1)]
+            for logits_CW, query_CD in zip(logits_HCW, query_PHD[some].unbind(1), strict=True):
+                logits_CW[:, place] = (query_CD * own_CD).sum(-1)
+            best_CW = _without(reduce(torch.maximum, logits_HCW), hit_P[some])
+            error_CW, loss = _softmax_error(best_CW, torch.full_like(hit_P[some], place), weight_C)
+            total += loss
+            for h, logits_CW in enumerate(logits_HCW):
+                near_CW = error_CW if len(logits_HCW) == 1 else error_CW * (logits_CW >= best_CW)
+                own_C1, query_CD = near_CW[:, place, None], query_PHD[some, h]
+                query_grad_PHD[some, h] = torch.addmm(own_C1 * own_CD, near_CW, drawn_WD)
+                own_grad_PD[some] += own_C1 * query_CD
+                drawn_grad_WD += near_CW.T @ query_CD
+        ctx.save_for_backward(query_grad_PHD.view_as(query_PD), own_grad_PD, drawn_grad_WD[:place])
+        return total / max(1, len(query_PD))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients that the forward pass made."""
+        scale = grad / max(1, len(ctx.saved_tensors[0]))
+        grads = [(x * scale).to(kind) for x, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True)]
+        return *grads, None, None, None, None, None
+
+
+def _without(logits_CK: Tensor, hit_C: Tensor) -> Tensor:
+    """Leave out the drawn item that is a position's own."""
+    at = torch.arange(len(hit_C), device=hit_C.device), hit_C.clamp(min=0)
+    logits_CK[at] = torch.where(hit_C >= 0, -torch.inf, logits_CK[at])
+    return logits_CK
 
 
 def in_batch_softmax(

@@ -38,6 +38,15 @@ def total(mine: Tensor) -> Tensor:
     return summed
 
 
+def number(mine: int) -> int:
+    """Return the sum of every process's number; alone, without a tensor made of it.
+
+    >>> number(3)
+    3
+    """
+    return mine if world() == 1 else int(total(torch.tensor(mine)))
+
+
 def average(mine: Tensor) -> Tensor:
     """Return the mean of every process's tensor.
 

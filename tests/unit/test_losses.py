@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import nullcontext
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -68,6 +69,53 @@ def test_sampled_softmax_nears_the_full_one(shape: tuple[int, ...]) -> None:
         assert sampled == pytest.approx(full, rel=0.01)
     uncorrected = losses.sampled_softmax(query, target, items, negatives=20_000, logq=False)
     assert uncorrected.item() > full + 1
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(20, 8), (20, 3, 8)], ids=["one", "three interests"])
+def test_sampled_softmax_equals_cross_entropy_and_its_gradients(
+    shape: tuple[int, ...], weighted: bool, chunk: int
+) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    vectors = torch.randn(31, 8, dtype=torch.float64, requires_grad=True)
+    target, weight = torch.randint(1, 31, (20,)), torch.rand(20).double() if weighted else None
+    items = side(vectors, torch.cat([torch.zeros(1), torch.rand(30)]))
+    settings: dict[str, Any] = {"negatives": 40, "temperature": 0.5, "weight_P": weight}
+    torch.manual_seed(1)
+    ours = losses.sampled_softmax(
+        query, target, items, by="popularity", chunk=chunk, products="fp32", **settings
+    )
+    torch.manual_seed(1)
+    drawn, log_share = items.sample(40, "popularity")
+    logits = losses.scores(query, vectors[drawn]) / 0.5 - log_share - math.log(40)
+    logits = logits.masked_fill(drawn[None] == target[:, None], -torch.inf)
+    plain = losses.softmax_among(losses.score(query, vectors[target]) / 0.5, logits, weight)
+    assert (drawn[None] == target[:, None]).any()
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours * 3, (query, vectors)),
+        torch.autograd.grad(plain * 3, (query, vectors)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("by", ["uniform", "popularity"])
+@pytest.mark.parametrize("count", [7, 64])
+def test_negatives_are_drawn_as_often_as_their_share_says(
+    by: Literal["uniform", "popularity"], count: int
+) -> None:
+    share = torch.tensor([0.0, 0.05, 0.3, 0.0, 0.4, 0.25])
+    items = ItemSide(lambda: share, lambda index: share[index], share, torch.Generator())
+    drawn_RK = torch.stack([items.sample(count, by)[0] for _ in range(2_000)])
+    assert (drawn_RK.diff(dim=1) >= 0).all()
+    expected = torch.full((5,), 0.2) if by == "uniform" else share[1:]
+    times = torch.stack([(drawn_RK == item).sum(1) for item in range(1, 6)], dim=1).double()
+    torch.testing.assert_close(times.mean(0) / count, expected.double(), atol=0.01, rtol=0.02)
+    # Drawn part by part: never two away from what is expected, as dice often are.
+    assert ((times - count * expected).abs() < 2).all()
 
 
 def test_in_batch_softmax_a_table() -> None:

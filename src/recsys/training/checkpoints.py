@@ -42,9 +42,9 @@ class Bookmark(Callback):
         self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, step: int
     ) -> None:
         """Move on by a batch; the last one is left to the checkpoint after the validation."""
-        epoch = trainer.current_epoch
-        self.place = (epoch + 1, 0) if trainer.is_last_batch else (epoch, step + 1)
-        if not trainer.is_last_batch and self.due(trainer, step):
+        epoch, last = trainer.current_epoch, trainer.is_last_batch
+        self.place = (epoch + 1, 0) if last else (epoch, step + 1)
+        if not last and self.due(trainer, step):
             trainer.save_checkpoint(self.file)
             self.since = time.monotonic()
 
@@ -58,7 +58,7 @@ class Bookmark(Callback):
             return trainer.received_sigterm and trainer.world_size == 1
         late = peers.first() and time.monotonic() - self.since >= 60 * self.minutes
         # The first process's clock counts, and whoever was told to end.
-        return bool(peers.total(torch.tensor(int(late or trainer.received_sigterm))))
+        return bool(peers.number(int(late or trainer.received_sigterm)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the next batch to train on."""

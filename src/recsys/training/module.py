@@ -73,19 +73,19 @@ class SeededModule(pl.LightningModule):
     """
 
     total_loss: Tensor
-    negatives: torch.Generator | None = None
     schedule: Schedule | None = None
     """How the learning rate moves, given the optimizer and the number of steps."""
 
     def __init__(self, model: nn.Module, optimizer: OptimizerFactory, seed: int) -> None:
         super().__init__()
         self.model, self.make_optimizer, self.seed = model, optimizer, seed
+        self.negatives = torch.Generator()
 
-    def show(self, loss: Tensor) -> None:
+    def show(self, loss: Tensor, step: int) -> None:
         """Log and show where it is due only: Lightning takes a millisecond for each value."""
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/step_loss", peers.average(loss.detach()))
-        if self.trainer.progress_bar_callback and self.global_step % BAR_STEPS == 0:
+        if step % BAR_STEPS == 0 and self.trainer.progress_bar_callback:
             self.log("positions/s", self.rate, prog_bar=True, logger=False)
 
     def configure_optimizers(self) -> Any:
@@ -111,12 +111,12 @@ class SeededModule(pl.LightningModule):
     def of_all(self, batch: Mapping[str, Tensor], count: int) -> tuple[int, int]:
         """Return how much this process has of a step that counts so many, and all together."""
         mine = 0 if IDLE in batch else count
-        return mine, int(peers.total(torch.tensor(mine)))
+        return mine, peers.number(mine)
 
     def count(self, loss: Tensor, positions: int) -> None:
         """Add a step with so many positions in all processes to the epoch's figures."""
         self.positions += positions
-        self.total_loss = self.total_loss + loss.detach().double() * positions
+        self.total_loss = torch.add(self.total_loss, loss.detach(), alpha=positions)
 
     def on_train_epoch_start(self) -> None:
         """Start counting."""
@@ -142,6 +142,14 @@ class SeededModule(pl.LightningModule):
         """Take the epoch's figures up again; the time since that checkpoint is not counted."""
         self.go_on(**checkpoint["epoch_so_far"])
 
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Copy a batch to the device; on a CPU it is there."""
+        if device.type == "cpu":
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def on_train_batch_start(self, batch: dict[str, Tensor], step: int) -> None:
         """Seed this step's dropout and negatives."""
         seed = self.seed * 1_000_003 + self.global_step
@@ -149,8 +157,6 @@ class SeededModule(pl.LightningModule):
         torch.default_generator.manual_seed(own)  # a tenth of the time of torch.manual_seed
         if self.device.type == "cuda":
             torch.cuda.manual_seed_all(own)
-        if self.negatives is None or self.negatives.device != self.device:
-            self.negatives = torch.Generator(self.device)
         self.negatives.manual_seed(seed)
 
 
@@ -180,9 +186,10 @@ class RetrieverModule(SeededModule):
             again_PD, _ = self.model.training_pairs(batch)  # type: ignore[operator]
             loss = loss + self.objective.contrastive * contrastive(query_PD, again_PD, target_P)
         mine, everyone = self.of_all(batch, len(target_P))
-        loss = loss * (mine * peers.world() / max(1, everyone))
+        if peers.world() > 1:
+            loss = loss * (mine * peers.world() / max(1, everyone))
         self.count(loss, everyone)
-        self.show(loss)
+        self.show(loss, step)
         return loss
 
     def item_side(self, batch: Mapping[str, Tensor]) -> ItemSide:

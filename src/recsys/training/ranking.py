@@ -79,7 +79,7 @@ class RankerModule(SeededModule):
         label_BCT = torch.full_like(logit_BCT, torch.nan) if IDLE in batch else batch["labels"]
         loss = self.loss(logit_BCT, label_BCT, uncertainty=self.uncertainty)
         self.count(loss, self.of_all(batch, self.shown(label_BCT))[1])
-        self.show(loss)
+        self.show(loss, step)
         return loss
 
     @staticmethod
