@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import onnx
@@ -17,7 +19,10 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from recsys.artifacts import write_manifest, writing
-from recsys.features import Features
+from recsys.data.dataset import Dataset
+from recsys.data.transitions import TransitionLog
+from recsys.features import Features, ItemTable
+from recsys.features.transitions import Followed, kept
 from recsys.index.build import build
 
 AISLES = ("shoes", "hats", "books", "garden")
@@ -42,6 +47,7 @@ COLUMNS: dict[str, dict[str, object]] = {
     "category_seen": {"of": "path", "kind": "count", "by": "category"},
     "category_since": {"of": "path", "kind": "since", "by": "category"},
     "price_ratio": {"of": "path", "kind": "ratio", "by": "price"},
+    "category_next": {"of": "path", "kind": "transition", "by": "category"},
 }
 """What the tiny ranker reads, one column or more of each kind that a server has a part in."""
 RANKER_INPUTS = {
@@ -243,8 +249,18 @@ def _write_features(folder: Path, items: pa.Table, users: pa.Table) -> None:
         "user_codes": codes,
         "user_numbers": numbers,
     }
-    for name, array in arrays.items():
+    for name, array in (arrays | kept([tiny_transitions(features, table)])).items():
         np.save(folder / f"{name}.npy", array)
+
+
+def tiny_transitions(features: Features, table: ItemTable) -> Followed:
+    """Return what came next: after a view of every item the one four places on, in its aisle."""
+    items = np.arange(1, len(table.codes) - 4)
+    paths = np.stack([items, items + 4], axis=1).ravel()
+    events = {"items": paths, "types": np.ones_like(paths), "times": np.full(len(paths), START)}
+    log = SimpleNamespace(events=events, offsets=np.arange(len(items) + 1) * 2)
+    codes = features.codes_of("category", table)
+    return TransitionLog(cast(Dataset, log), codes, features.transitions[0].prior).before(None)
 
 
 def _write_events(folder: Path, num_users: int, has_time: bool) -> None:

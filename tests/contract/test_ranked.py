@@ -20,6 +20,7 @@ import pytest
 
 from recsys.client import ranking
 from recsys.features import Features, ItemTable, gather
+from recsys.features.transitions import followed
 from recsys.history import Histories, encode
 from recsys.index.bundle import Bundle
 from recsys.index.search import Hits
@@ -137,7 +138,8 @@ def by_hand(path: Path, history: list[int], context: dict[str, Any], user: int) 
     features = Features.of_json(json.loads((path / "ranker" / "features.json").read_text()))
     tables = {p.stem: np.load(p) for p in (path / "ranker").glob("*.npy")}
     table = ItemTable(
-        tables["item_codes"], tables["item_numbers"], tables["item_vectors"], tables["item_raw"]
+        *(tables[f"item_{name}"] for name in ("codes", "numbers", "vectors", "raw")),
+        followed(features.transitions, tables.__getitem__),
     )
     count = len(history)
     events = (np.array(history, np.int64), np.ones(count, int), START + DAY * np.arange(count))
@@ -372,6 +374,14 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         Engine.load(path, verify=False)
     (path / "ranker" / "item_codes.npy").unlink()
     with pytest.raises(InputError, match=r"not a whole bundle: ranker/item_codes\.npy missing"):
+        Engine.load(path)
+    path = write_tiny_bundle(tmp_path / "others", ranker=tasks_ranker(), featured=True)
+    shares = np.load(path / "ranker" / "transition_0_shares.npy")
+    np.save(path / "ranker" / "transition_0_shares.npy", shares[:-1])
+    with pytest.raises(InputError, match=r"transitions of 119 and 120 items, expected 120; export"):
+        Engine.load(path, verify=False)
+    (path / "ranker" / "transition_0_shares.npy").unlink()
+    with pytest.raises(InputError, match=r"transition_0_shares\.npy"):
         Engine.load(path)
     bare = write_tiny_bundle(tmp_path / "bare", ranker=tasks_ranker())
     with pytest.raises(InputError, match=r"its ranker reads request_codes.*features\.json"):

@@ -171,7 +171,7 @@ def test_multi_and_text_take_places() -> None:
 
 def test_indices_need_no_column() -> None:
     features = fit(item_id=item("categorical"), user_id={"of": "user", "kind": "categorical"})
-    assert features.items(ITEMS, {}).codes.ravel().tolist() == [1, 2, 3, 4, 5, 6]
+    assert features.items(ITEMS, {}).codes.ravel().tolist() == [0, 2, 3, 4, 5, 6]
     assert features.layout.item_codes[0].size == 7
     assert features.users(USERS)[0].ravel().tolist() == [1, 2, 3, 4]
     more = pa.concat_tables([ITEMS, ITEMS])

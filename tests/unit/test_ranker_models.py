@@ -26,6 +26,7 @@ from recsys.history import GAP_BUCKETS, VALUE_BUCKETS
 from recsys.launch import configure
 from recsys.models import Calibrated, Ranker
 from recsys.models.calibration import Calibration
+from recsys.models.chances import ITEMS, RetrievalChances
 from recsys.models.crossing import SplitLinear
 from recsys.models.heads import Funnel, chained
 from recsys.models.ranker import Codes
@@ -178,6 +179,32 @@ def test_reads_only_what_there_is() -> None:
     assert answer(full, random_batch(full, LAYOUT, (2, 3, 4))).isfinite().all()
     for model in (made("path=none", EMPTY), made("", EMPTY)):
         assert answer(model, random_batch(model, EMPTY, (2, 3, 4))).shape == (2, 3, len(TASKS))
+
+
+@pytest.mark.parametrize("items", [30, 5_000])
+def test_a_retrievers_scores_are_read_as_logs_of_probabilities(items: int) -> None:
+    torch.manual_seed(0)
+    vectors_ND = torch.randn(items + 1, 8) / 2
+    sizes = (9, 9, 6)
+    codes_NW = torch.stack([torch.randint(0, size, (items + 1,)) for size in sizes], dim=1)
+    chances = RetrievalChances(8, Layout(item_codes=(Field("genres", 9, 2), Field("aisle", 6))))
+    chances.fit(vectors_ND, codes_NW)
+    query_BHD, candidates_BC = torch.randn(4, 2, 8), torch.randint(1, items + 1, (4, 7))
+    score_BN = (query_BHD @ vectors_ND.T).amax(1)
+    score_BC = score_BN.gather(1, candidates_BC)
+    score_BC[0] = torch.nan  # as where nobody has a history
+    batch = {"queries": query_BHD, "retrieval_scores": score_BC}
+    found = chances(batch | {"item_codes": codes_NW[candidates_BC]})
+    chance_BN = score_BN[:, 1:].softmax(-1)
+    assert found[0].isnan().all()
+    # Exact where the catalogue is small, else by a thousand of its items.
+    within = 1e-5 if items <= ITEMS else 0.5
+    for b, c in np.ndindex(3, 7):
+        item = candidates_BC[b + 1, c]
+        aisle_N = codes_NW[1:, 2] == codes_NW[item, 2]
+        chance_N = chance_BN[b + 1]
+        expected = [math.log(chance_N[item - 1]), math.log(chance_N[aisle_N].sum())]
+        assert found[b + 1, c].tolist() == pytest.approx(expected, abs=within)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from recsys.artifacts import Workspace, read_manifest
 from recsys.cli import main
 from recsys.data.shown import retrieved
 from recsys.evaluation.calibration import Calibration
+from recsys.features.transitions import PARTS
 from recsys.training.first_stage import Retrieval
 from recsys.training.ranker_runs import load_ranker
 from recsys.training.runs import BEST, load_run, read_config
@@ -39,6 +40,7 @@ FILES = {
 TABLES = (
     *("features.json", "item_codes.npy", "item_numbers.npy", "item_raw.npy"),
     *("item_vectors.npy", "user_codes.npy", "user_numbers.npy"),
+    *(f"transition_0_{part}.npy" for part in PARTS),
 )
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +19,9 @@ from recsys.data import examples as made_of
 from recsys.data.dataset import Dataset
 from recsys.data.examples import Cut
 from recsys.data.prepare import prepare
-from recsys.data.shown import Shown, ShownBatches, Tables, asked, fitted, shown
+from recsys.data.shown import Shown, ShownBatches, Tables, asked, fitted, shown, unmet
 from recsys.data.sources.events import Events
+from recsys.features import OTHER
 from recsys.history import Histories
 from recsys.schema import InputError
 
@@ -35,6 +39,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "position": {"of": "shown", "kind": "position"},
     "kind_seen": {"of": "path", "kind": "count", "by": "kind"},
     "item_since": {"of": "path", "kind": "since", "by": "item_id"},
+    "kind_next": {"of": "path", "kind": "transition", "by": "kind", "prior": 2},
     "kind_rate": {"of": "log", "kind": "rate", "by": "kind", "task": "view", "prior": 2},
 }
 
@@ -132,12 +137,31 @@ def rate(encoded: Shown, kind: str, before: int) -> float:
     return math.log((views + 2 * np.mean(everything)) / (counted + 2))
 
 
+def went_on(encoded: Shown, before: int, item: int, now: int) -> float:
+    """Logarithm of how often people went on to an item from another, smoothed; days before now."""
+    data, log = encoded.dataset, encoded.dataset.events
+    kind, day = kind_of(data, item), now - now % DAY
+    first = min((t - t % DAY for t, i in zip(log["times"], log["items"], strict=True) if i == item))
+    count = total = met = of_kind = 0
+    for user in range(data.num_users):
+        events = slice(*data.offsets[user : user + 2])
+        both = zip(log["items"][events], log["times"][events], strict=True)
+        same = [(i, t) for i, t in both if kind_of(data, i) == kind]
+        for (last, _), (this, time) in pairwise(same):
+            if first <= time < day:
+                of_kind, met = of_kind + 1, met + (this == item)
+                total, count = total + (last == before), count + (last == before and this == item)
+    share = met / of_kind if of_kind else 0.0
+    return math.log(max(1e-6, (count + 2 * share) / (total + 2)))
+
+
 def one_row(encoded: Shown, request: int, row: int) -> dict[str, list[float]]:
     """What a ranker should read of one shown item, by hand."""
     examples, data = encoded.examples, encoded.dataset
     item, now = int(examples.items[row]), int(examples.times[request])
     path, kind = past(encoded, request), kind_of(data, item)
     ages = [now - time for seen, time in path if seen == item]
+    same = [seen for seen, _ in path if kind_of(data, seen) == kind]
     return {
         "item_numbers": [
             data.items["price"][item - 1].as_py(),
@@ -147,6 +171,7 @@ def one_row(encoded: Shown, request: int, row: int) -> dict[str, list[float]]:
             math.log1p(examples.positions[row]),
             math.log1p(sum(kind_of(data, seen) == kind for seen, _ in path)),
             math.log1p(min(ages) / 1000) if ages else math.nan,
+            went_on(encoded, same[-1], item, int(now)) if same else math.nan,
         ],
         "retrieval_scores": [max(item - path[-1][0], -item) if path else math.nan],
         "candidate_vectors": [item, 1.0],
@@ -250,6 +275,37 @@ def test_batches_hold_training_requests_once_and_hide_some(encoded: Shown) -> No
         shares.append(float(np.concatenate(default).mean()))
     assert shares[0] == pytest.approx(1 / 3, abs=0.02)
     assert shares[0] < shares[1] < shares[2] == 1.0
+
+
+def test_batches_make_some_items_such_as_no_training_has_met(encoded: Shown) -> None:
+    assert (encoded.tables.items.codes[1:, 0] == np.arange(2, ITEMS + 2)).all()
+    shares = []
+    for hidden in (0.0, 0.3, 1.0):
+        batches = ShownBatches(encoded.dataset, 16, 3, encoded, ("item_codes",), hidden)
+        epoch = [batches[0, step] for step in range(batches.steps)]
+        there = [~batch["labels"].isnan().all(-1) for batch in epoch]
+        other = [
+            batch["item_codes"][..., 0][real] == OTHER
+            for batch, real in zip(epoch, there, strict=True)
+        ]
+        shares.append(float(np.concatenate(other).mean()))
+    assert shares[0] == 0
+    assert shares[1] == pytest.approx(0.3, abs=0.1)
+    assert shares[2] == 1
+
+
+def test_items_that_no_training_has_met_are_alike(encoded: Shown) -> None:
+    data, features = encoded.dataset, encoded.tables.features
+    strange = np.zeros(ITEMS + 1, bool)
+    strange[[3, 7]] = True
+    codes = features.items(data.items, {"kind_rate": np.ones(ITEMS + 1)}, strange).codes
+    assert codes[[0, 2, 3, 7], 0].tolist() == [0, 3, OTHER, OTHER]
+    assert not unmet(data, encoded.examples, 1).any()
+    assert unmet(data, encoded.examples, 10**6)[1:].all()
+    late = replace(encoded.examples, items=np.full_like(encoded.examples.items, 5))
+    bare = SimpleNamespace(num_items=ITEMS, train_count=np.eye(1, ITEMS + 1, 4).astype(int)[0])
+    met = np.flatnonzero(~unmet(cast(Dataset, bare), late, 1))
+    assert met.tolist() == [0, 4, 5], "4 by an event, 5 by what was shown"
 
 
 def test_tables_come_back_as_they_were(encoded: Shown, tmp_path: Path) -> None:

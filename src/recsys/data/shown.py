@@ -19,7 +19,9 @@ from recsys.data.batches import Batches
 from recsys.data.dataset import Dataset
 from recsys.data.examples import Examples
 from recsys.data.rates import rates_as_of, snapshot
-from recsys.features import Features, ItemTable, Rate, gather
+from recsys.data.transitions import TransitionLog
+from recsys.features import OTHER, Features, ItemTable, Rate, gather
+from recsys.features.transitions import followed, kept
 from recsys.history import Arrays, Histories, encode
 from recsys.schema import InputError, suggestion
 
@@ -54,6 +56,7 @@ class Tables:
             "item_raw": items.raw,
             "user_codes": self.user_codes,
             "user_numbers": self.user_numbers,
+            **kept(items.transitions),
         }
 
     def save(self, folder: Path) -> None:
@@ -67,11 +70,15 @@ class Tables:
     def load(cls, folder: Path) -> Tables:
         """Read what `save` wrote."""
         features = Features.of_json(json.loads((folder / FEATURES).read_text()))
+
+        def read(name: str) -> NDArray[Any]:
+            array: NDArray[Any] = np.load(folder / f"{name}.npy", allow_pickle=False)
+            return array
+
         names = ("item_codes", "item_numbers", "item_vectors", "item_raw")
-        users = ("user_codes", "user_numbers")
-        read = {n: np.load(folder / f"{n}.npy", allow_pickle=False) for n in (*names, *users)}
-        items = ItemTable(*(read[name] for name in names))
-        return cls(features, items, *(read[name] for name in users))
+        codes, numbers, vectors, raw = map(read, names)
+        items = ItemTable(codes, numbers, vectors, raw, followed(features.transitions, read))
+        return cls(features, items, read("user_codes"), read("user_numbers"))
 
 
 @dataclass(frozen=True)
@@ -266,26 +273,39 @@ def tables_at(
     users = features.users(dataset.users)
     tables = Tables(features, bare, *users)
     now = {r.name: snapshot(examples, *_read(r, tables), before=before) for r in features.rates}
-    return replace(tables, items=features.items(dataset.items, now))
+    transitions = tuple(log.before(before) for log in _transition_logs(dataset, tables))
+    items = features.items(dataset.items, now, unmet(dataset, examples, features.least_met))
+    items = replace(items, transitions=transitions)
+    return replace(tables, items=items)
+
+
+def unmet(dataset: Dataset, examples: Examples, least: int) -> NDArray[np.bool_]:
+    """Return which items training has met less often, in events and as shown: [N + 1]."""
+    trained = examples.items[: examples.offsets[examples.parts["train"].stop]]
+    shown_N = np.bincount(trained, minlength=dataset.num_items + 1)
+    unknown = (shown_N < least) & (dataset.train_count < least)
+    unknown[0] = False
+    return unknown
 
 
 def _read(rate: Rate, tables: Tables) -> tuple[NDArray[np.int32], str, float]:
     """Return the code of each item that a rate is by, its task and its prior."""
-    return codes_of(rate.by, tables.features, tables.items), rate.task, rate.prior
+    return tables.features.codes_of(rate.by, tables.items), rate.task, rate.prior
 
 
-def codes_of(name: str, features: Features, table: ItemTable) -> NDArray[np.int32]:
-    """Return each item's code of a field: [N + 1]; `item_id` need not be declared."""
-    place = 0
-    for known in features.layout.item_codes:
-        if known.name == name:
-            return table.codes[:, place]
-        place += known.width
-    return np.arange(len(table.codes), dtype=np.int32)
+def _transition_logs(dataset: Dataset, tables: Tables) -> list[TransitionLog]:
+    """Return what came next in the log, as of any day, for each declared transition."""
+    features, items = tables.features, tables.items
+    return [
+        TransitionLog(dataset, features.codes_of(one.by, items), one.prior)
+        for one in features.transitions
+    ]
 
 
 def _crossed(shown: Shown) -> NDArray[np.float32]:
     examples, features = shown.examples, shown.tables.features
+    logs = _transition_logs(shown.dataset, shown.tables)
+    items = replace(shown.tables.items, transitions=tuple(logs))
     width = len(features.layout.cross_numbers)
     found = np.zeros((len(examples.items), width), np.float32)
     for requests in chunks(len(examples.users)) if width else ():
@@ -295,7 +315,7 @@ def _crossed(shown: Shown) -> NDArray[np.float32]:
             shown.histories(requests),
             examples.times[requests],
             np.where(real_BC, examples.items[rows_BC], 0),
-            shown.tables.items,
+            items,
             examples.positions[rows_BC],
         )
         found[rows_BC[real_BC]] = arrays["cross_numbers"][real_BC]
@@ -311,7 +331,8 @@ class ShownBatches(Batches):
     """`size` requests a batch with all that was shown at each.
 
     hidden: share of the training's requests whose context values are hidden, so that the model
-    knows what to do where a request leaves them out. inputs: arrays that the model reads.
+    knows what to do where a request leaves them out; of its shown items as many are made such as
+    no training has met (Volkovs et al. 2017, section 3.1). inputs: arrays that the model reads.
     """
 
     layout = "shown"
@@ -339,14 +360,18 @@ class ShownBatches(Batches):
         return np.diff(self.shown.examples.offsets)[self.training[rows]]
 
     def draws(self, rows: NDArray[np.int64]) -> int:
-        """One number a request, by which its context is hidden."""
-        return len(rows)
+        """A number each request and shown item, by which its context, or what it is, is hidden."""
+        return len(rows) + int(self.cost(rows).sum())
 
     def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
         """Return the model's inputs and `labels`."""
         requests = self.training[rows]
         arrays = self.shown.arrays(requests, "path_codes" in self.inputs)
-        self._hide(arrays, rng.random(len(rows)) < self.hidden, requests)
+        hides = np.append(rng.random(self.draws(rows)) < self.hidden, False)
+        ends = np.cumsum(1 + self.cost(rows))
+        hides_BX = hides[grid(np.append(0, ends), np.arange(len(rows)))]
+        self._hide(arrays, hides_BX[:, 0], requests)
+        self._hide_items(arrays, hides_BX[:, 1:])
         return {name: as_model(arrays[name]) for name in (*self.inputs, "labels")}
 
     def _hide(self, arrays: Arrays, chosen_B: NDArray[np.bool_], requests: Ints) -> None:
@@ -355,6 +380,11 @@ class ShownBatches(Batches):
         bare = bare_requests(self.shown.tables, examples.users[hidden], examples.times[hidden])
         for name, values in bare.items():
             arrays[name][chosen_B] = values
+
+    def _hide_items(self, arrays: Arrays, chosen_BC: NDArray[np.bool_]) -> None:
+        place = self.shown.tables.features.layout.item_index
+        if place is not None:
+            arrays["item_codes"][chosen_BC, place] = OTHER
 
 
 def as_model(array: NDArray[Any]) -> NDArray[Any]:

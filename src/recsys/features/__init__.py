@@ -8,5 +8,16 @@ the candidates against the history, `context` what a request says, `layout` what
 from recsys.features.columns import Column, declare
 from recsys.features.encoder import Features
 from recsys.features.layout import Field, ItemTable, Layout, Rate, gather
+from recsys.features.learnt import OTHER
 
-__all__ = ["Column", "Features", "Field", "ItemTable", "Layout", "Rate", "declare", "gather"]
+__all__ = [
+    "OTHER",
+    "Column",
+    "Features",
+    "Field",
+    "ItemTable",
+    "Layout",
+    "Rate",
+    "declare",
+    "gather",
+]

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from recsys.features.transitions import Transitions, after_code, log_share
 from recsys.history import Histories
 from recsys.schema import type_code
 
@@ -166,6 +168,36 @@ def _summed(
     known = np.full(len(starts), END)
     known[:-1] = key[starts[:-1]]
     return known, count, newest
+
+
+def newest_with(
+    past: Past, candidates_BC: NDArray[np.integer], codes_N: NDArray[np.integer]
+) -> NDArray[np.int64]:
+    """Return the newest past event of each candidate's value, as an index: [B, C], -1 for none.
+
+    codes_N: each item's value of one field; rare and missing values (under 2) are not shared.
+    """
+    key_E = (past.owners << 32) + codes_N.take(past.items)
+    order = key_E.argsort(kind="stable")
+    code_BC = codes_N.take(candidates_BC)
+    wanted = (np.arange(len(candidates_BC))[:, None] << 32) + code_BC
+    key_E, order = np.append(key_E[order], NOWHERE), np.append(order, -1)
+    at = key_E[:-1].searchsorted(wanted, side="right") - 1
+    return np.where((key_E[at] == wanted) & (code_BC >= 2), order[at], -1)
+
+
+def transition(
+    past: Past,
+    candidates_BC: NDArray[Any],
+    codes_N: NDArray[np.integer],
+    known: Transitions,
+    now_B: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """Return log of how often a candidate came next after its value's newest event, or NaN."""
+    newest_BC = newest_with(past, candidates_BC, codes_N)
+    after_BC = np.append(after_code(past.items, past.types), 0)[newest_BC]
+    chance_BC = known.chances(after_BC, candidates_BC, now_B)
+    return np.where(newest_BC >= 0, log_share(chance_BC), np.nan)
 
 
 def ratio(

@@ -14,7 +14,7 @@ KINDS = {
     "user": ("categorical", "multi", "text", "numeric"),
     "request": ("categorical", "multi", "text", "numeric", "hour", "weekday"),
     "shown": ("position",),
-    "path": ("count", "since", "ratio"),
+    "path": ("count", "since", "ratio", "transition"),
     "log": ("rate",),
 }
 """What a column can be, by what it is of."""
@@ -29,11 +29,20 @@ OPTIONS = {
     "since": ("by", "event"),
     "ratio": ("by", "event"),
     "rate": ("by", "task", "prior"),
+    "transition": ("by", "prior"),
 }
 """What can be set for each kind, beside `of` and `kind`; the others have no options."""
-NEEDED = ("by", "task")
-READ_BY = {"count": CODED, "since": CODED, "ratio": ("numeric",), "rate": ("categorical",)}
+NEEDED = {"count": ("by",), "since": ("by",), "ratio": ("by",), "rate": ("by", "task")}
+READ_BY = {
+    "count": CODED,
+    "since": CODED,
+    "ratio": ("numeric",),
+    "rate": ("categorical",),
+    "transition": ("categorical",),
+}
 """Kinds of item column that `by` may name."""
+BY_OTHERS = ("ratio", "transition")
+"""Kinds that say nothing by the item itself."""
 CHOICES = {"scale": ("quantile", "log", "standard", "none"), "event": EVENT_TYPES}
 INDICES = {"item": "item_id", "user": "user_id"}
 """Columns that hold the row's own index, whatever the table says."""
@@ -44,11 +53,13 @@ class Column:
     """One declared column: a line of `configs/features/*.yaml`.
 
     of, kind: see `KINDS`; column: the table's, where its name is another; scale, default: of a
-    numeric one; vocabulary, least: keep so many values, and those met so often; hash: so many
+    numeric one; vocabulary, least: keep so many values, and those met so often (of
+    `item_id`: by the training part, in an event or shown); hash: so many
     codes instead of a vocabulary; most: places of a multi-valued or text one, for its first
-    distinct values; by: which item column a statistic compares; event: which events of the path it
-    reads, by default all; task, prior: which label a rate counts, and how many events its prior
-    weighs.
+    distinct values; by: which item column a statistic compares (a transition without one: any
+    items); event: which events of the path it
+    reads, by default all; task: which label a rate counts; prior: how many events the prior of a
+    rate or a transition weighs.
     """
 
     name: str
@@ -116,8 +127,8 @@ def _column(name: str, given: Any) -> Column:
         raise InputError(f"features.{name}.kind is {kind!r}; an index is categorical")
     for option, value in options.items():
         _check_option(column, option, value)
-    for option in NEEDED:
-        if option in OPTIONS.get(kind, ()) and option not in options:
+    for option in NEEDED.get(kind, ()):
+        if option not in options:
             raise InputError(f"features.{name}.{option} is missing; a {kind} needs it")
     return Column(name, of, kind, **_together(name, options))
 
@@ -134,7 +145,7 @@ def _one_of(place: str, value: Any, possible: Iterable[str]) -> str:
 
 def _check_option(column: Column, option: str, value: Any) -> None:
     place, known = f"features.{column.name}.{option}", OPTIONS.get(column.kind, ())
-    if column.is_index:
+    if column.is_index and (column.of, option) != ("item", "least"):
         raise InputError(f"{place} has no effect: each {column.of} has a code of its own")
     if option not in known:
         exists = any(option in options for options in OPTIONS.values())
@@ -174,12 +185,12 @@ def _together(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_by(column: Column, declared: Sequence[Column]) -> None:
-    if column.by is None or (column.by == "item_id" and column.kind != "ratio"):
+    if column.by is None or (column.by == "item_id" and column.kind not in BY_OTHERS):
         return
     kinds = READ_BY[column.kind]
     known = [c.name for c in declared if c.of == "item" and c.kind in kinds and not c.is_index]
     if column.by not in known:
-        known += [] if column.kind == "ratio" else ["item_id"]
+        known += [] if column.kind in BY_OTHERS else ["item_id"]
         raise InputError(
             f"features.{column.name}.by is {column.by!r}; expected a declared item column that is "
             f"{' or '.join(kinds)}: {', '.join(known) or 'there is none'}"

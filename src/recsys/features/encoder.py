@@ -19,12 +19,12 @@ from recsys.features.columns import CODED, Column, declare
 from recsys.features.context import context_lists, context_numbers, context_texts, wire
 from recsys.features.layout import Field, ItemTable, Layout, Rate
 from recsys.features.learnt import FIRST, MISSING, OTHER, Scale, Vocabulary
+from recsys.features.transitions import Transition, log_share
 from recsys.history import Arrays, Histories, request_context
 from recsys.schema import InputError, suggestion
 
 ARROW = (pa.Array, pa.ChunkedArray)
 CLOCK = {"hour": 24, "weekday": 7}
-LEAST_RATE = 1e-6
 VERSION = 1
 
 Encoder = Vocabulary | Scale | None
@@ -103,18 +103,37 @@ class Features:
         return tuple(Rate(c.name, str(c.by), str(c.task), c.prior) for c in of_log)
 
     @cached_property
+    def transitions(self) -> tuple[Transition, ...]:
+        """What is to be known of what came next, in the order of `ItemTable.transitions`."""
+        declared = self._of("path", "transition")
+        return tuple(Transition(c.name, c.by, c.prior) for c in declared)
+
+    @cached_property
+    def least_met(self) -> int:
+        """How often training must have met an item that is to have a code of its own."""
+        return next((c.least for c in self._of("item", "categorical") if c.is_index), 1)
+
+    @cached_property
     def raw_names(self) -> tuple[str, ...]:
         """Item columns that are compared with the path's, in the order of `ItemTable.raw`."""
         return tuple(dict.fromkeys(str(c.by) for c in self._of("path", "ratio")))
 
-    def items(self, table: pa.Table, rates: Mapping[str, NDArray[np.floating]]) -> ItemTable:
-        """Encode the item table; `rates`: each log column's values [N + 1], NaN where unknown."""
+    def items(
+        self,
+        table: pa.Table,
+        rates: Mapping[str, NDArray[np.floating]],
+        unmet: NDArray[np.bool_] | None = None,
+    ) -> ItemTable:
+        """Encode the item table; `rates`: each log column's values [N + 1], NaN where unknown.
+
+        Items that training has met too seldom, `unmet` [N + 1], share one code as an index.
+        """
         rows = table.num_rows + 1
         static = [self._scaled(c, table) for c in self._of("item", "numeric")]
         vectors = [self._vector(c, table) for c in self._of("item", "vector")]
         raw = [self._values(self._named(name), table) for name in self.raw_names]
         return ItemTable(
-            codes=self._codes("item", table),
+            codes=_unmet(self._codes("item", table), self.layout, unmet),
             numbers=np.concatenate(
                 [_columns(static, rows, np.float32), self.log_numbers(rates, rows)], axis=1
             ),
@@ -129,8 +148,22 @@ class Features:
 
         rates: name → [rows] for each of `self.rates`; rates under 1e-6 count as that.
         """
-        logs = [np.log(np.maximum(rates[rate.name], LEAST_RATE)) for rate in self.rates]
+        logs = [log_share(rates[rate.name]) for rate in self.rates]
         return _columns(logs, rows, np.float32)
+
+    def codes_of(self, name: str | None, table: ItemTable) -> NDArray[np.int32]:
+        """Return each item's code of a field: [N + 1]; `item_id` need not be declared.
+
+        Of no field, one and the same for all items.
+        """
+        place = 0
+        if name is None:
+            return np.append(MISSING, np.full(len(table.codes) - 1, FIRST)).astype(np.int32)
+        for known in self.layout.item_codes:
+            if known.name == name:
+                return table.codes[:, place]
+            place += known.width
+        return np.arange(len(table.codes), dtype=np.int32)
 
     def users(self, table: pa.Table) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Encode the user table: codes [U + 1, W] and numbers [U + 1, G]; row 0 is unknown.
@@ -182,14 +215,21 @@ class Features:
         count: log(1 + events before `now` that share a value with the candidate), a shared value
         of a multi-valued field counting each; since: log(1 + seconds) since the newest, NaN for
         none; ratio: log of the candidate's value over the mean of the path's positive ones;
-        position: log(1 + place), 0 where none is given. Rare and missing values are not shared.
+        transition: log of the share that the candidate has of what came next after the path's
+        newest event of its value, NaN for none; position: log(1 + place), 0 where none is given.
+        Rare and missing values are not shared.
         """
         past = Past.of(histories, now_B)
         shared = Shared.of(past, candidates_BC, table.codes, self._compared)
+        transitions = iter(table.transitions)
         cross_BCG = np.empty((*candidates_BC.shape, len(self._crossed)), np.float32)
         for place, column in enumerate(self._crossed):
             if column.kind == "position":
                 number_BC = against_path.positions(positions_BC, candidates_BC.shape)
+            elif column.kind == "transition":
+                codes_N = self.codes_of(column.by, table)
+                args = past, candidates_BC, codes_N, next(transitions), now_B
+                number_BC = against_path.transition(*args)
             elif column.kind == "ratio":
                 raw, read = table.raw[:, self._raw_place(column)], past.only(column.event)
                 number_BC = against_path.ratio(read, raw[candidates_BC], raw[read.items])
@@ -262,6 +302,7 @@ class Features:
     def _column_codes(self, column: Column, table: pa.Table, rows: int) -> NDArray[np.int32]:
         if column.is_index:
             code = np.arange(rows, dtype=np.int32) + OTHER
+            code[0] = MISSING if column.of == "item" else OTHER
             return np.where(code < self._size(column), code, OTHER)[:, None]
         array = learnt.read_column(column, table, f"{column.of}s")
         return self._array_codes(column, _with_unknown(array))
@@ -378,6 +419,14 @@ def _encoder(column: Column, facts: Mapping[str, Any]) -> Encoder:
     if column.kind in CODED and not column.is_index:
         return Vocabulary(column, facts["values"])
     return None
+
+
+def _unmet(
+    codes_NW: NDArray[np.int32], layout: Layout, unmet: NDArray[np.bool_] | None
+) -> NDArray[np.int32]:
+    if unmet is not None and layout.item_index is not None:
+        codes_NW[unmet, layout.item_index] = OTHER
+    return codes_NW
 
 
 def _with_unknown(array: pa.Array) -> pa.Array:

@@ -6,11 +6,14 @@ Shapes: B requests, C candidates, L history length, N items, W codes, G numbers,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from recsys.features.columns import INDICES
+from recsys.features.transitions import Transitions
 from recsys.history import Arrays
 
 
@@ -34,6 +37,13 @@ class Layout:
     cross_numbers: tuple[str, ...] = ()
     vector_width: int = 0
 
+    @property
+    def item_index(self) -> int | None:
+        """Where an item's own index is in an array of codes; None where it is not declared."""
+        places = accumulate((field.width for field in self.item_codes), initial=0)
+        named = zip(self.item_codes, places, strict=False)
+        return next((place for field, place in named if field.name == INDICES["item"]), None)
+
 
 @dataclass(frozen=True)
 class ItemTable:
@@ -41,13 +51,14 @@ class ItemTable:
 
     codes: int32 [N + 1, W]; numbers: float32 [N + 1, G], NaN is missing; vectors: float32
     [N + 1, V]; raw: float64 [N + 1, X], numbers that path columns read, in the order of
-    `Features.raw_names`.
+    `Features.raw_names`; transitions: what came next in the log, a table a declared column.
     """
 
     codes: NDArray[np.int32]
     numbers: NDArray[np.float32]
     vectors: NDArray[np.float32]
     raw: NDArray[np.float64]
+    transitions: tuple[Transitions, ...] = ()
 
 
 class Rate(NamedTuple):

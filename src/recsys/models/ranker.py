@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from recsys.features import Field, Layout
 from recsys.models.calibration import Calibration
+from recsys.models.chances import RetrievalChances, kinds
 from recsys.models.crossing import Dcnv2
 from recsys.models.heads import Mmoe
 from recsys.models.target import PathItems, TargetAttention
@@ -30,9 +31,9 @@ class Ranker(nn.Module):
 
     `crossing`, `path` and `heads` make its parts (see `recsys.models.crossing`, `target` and
     `heads`); `path` null reads no history. `retriever`, the width of a retriever's vectors,
-    adds its score as a number, and what its query and item vectors say; `event_types`, `gaps` and
-    `values` are what else is read of the path. `inputs` are the arrays that `layout` has, and those
-    of the path and the retriever.
+    adds how probable it thinks the item and others of its kind, and what its query and item vectors
+    say; `event_types`, `gaps` and `values` are what else is read of the path. `inputs` are the
+    arrays that `layout` has, and those of the path and the retriever.
     """
 
     layout = "shown"
@@ -66,6 +67,7 @@ class Ranker(nn.Module):
         self.retriever = retriever
         self.query = _read_by(retriever, dim) if retriever else None
         self.found = nn.Linear(retriever, dim) if retriever else None
+        self.chances = RetrievalChances(retriever, layout) if retriever else None
         self.anyone = nn.Parameter(torch.zeros(1, dim))
         fields = len(layout.item_codes)
         self.path = path and path(fields, dim, max_length, dropout, reads)
@@ -103,12 +105,20 @@ class Ranker(nn.Module):
         if self.path is not None:
             parts.append(self.path(parts[0], self._items_of_path(batch["path_codes"]), batch))
         if "candidate_numbers" in self.numbers:
-            parts.append(self.numbers["candidate_numbers"](_candidate_numbers(batch)))
+            parts.append(self.numbers["candidate_numbers"](self._candidate_numbers(batch)))
         if self.vectors is not None:
             parts.append(self.vectors(batch["item_vectors"]))
         if self.found is not None:
-            parts.append(self.found(batch["candidate_vectors"]))
+            found_BCK = self.found(batch["candidate_vectors"])
+            parts.append(found_BCK * cast(RetrievalChances, self.chances).has_met(batch)[..., None])
         return torch.cat(parts, dim=-1)
+
+    def _candidate_numbers(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the numbers of candidates side by side, the retriever's last: [B, C, G]."""
+        numbers = [batch[name] for name in ("item_numbers", "cross_numbers") if name in batch]
+        if self.chances is not None:
+            numbers.append(self.chances(batch))
+        return torch.cat(numbers, dim=-1)
 
     def standardise(self, batch: Mapping[str, Tensor]) -> None:
         """Take the scale of every number from some training requests."""
@@ -116,7 +126,8 @@ class Ranker(nn.Module):
             cast(Numbers, self.numbers["request_numbers"]).fit(batch["request_numbers"])
         if "candidate_numbers" in self.numbers:
             real_BC = ~batch["labels"].isnan().all(-1)
-            cast(Numbers, self.numbers["candidate_numbers"]).fit(_candidate_numbers(batch)[real_BC])
+            number_BCG = self._candidate_numbers(batch)
+            cast(Numbers, self.numbers["candidate_numbers"]).fit(number_BCG[real_BC])
 
     def _items_of_path(self, codes_BLW: Tensor) -> PathItems:
         if not self.training:
@@ -262,7 +273,8 @@ class Calibrated(nn.Module):
 
 def _counts(layout: Layout, retriever: int) -> dict[str, int]:
     """Return how many numbers each side has, where it has some."""
-    candidate = len(layout.item_numbers) + len(layout.cross_numbers) + (retriever > 0)
+    candidate = len(layout.item_numbers) + len(layout.cross_numbers)
+    candidate += 1 + len(kinds(layout.item_codes)) if retriever else 0
     counts = {"request_numbers": len(layout.request_numbers), "candidate_numbers": candidate}
     return {name: count for name, count in counts.items() if count}
 
@@ -307,14 +319,6 @@ def _mean(flat: Tensor, there_W: Tensor) -> Tensor:
     adding = torch.eye(flat.shape[-1] // width, dtype=flat.dtype, device=flat.device)
     count_1 = (there @ there.new_ones(width, 1)).clamp(min=1.0)
     return flat @ adding.repeat(width, 1) / count_1
-
-
-def _candidate_numbers(batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the numbers of candidates side by side, the retriever's score last: [B, C, G]."""
-    numbers = [batch[name] for name in ("item_numbers", "cross_numbers") if name in batch]
-    if "retrieval_scores" in batch:
-        numbers.append(batch["retrieval_scores"][..., None])
-    return torch.cat(numbers, dim=-1)
 
 
 def _read_by(width: int, dim: int) -> nn.Module:

@@ -5,7 +5,7 @@ Shapes: B requests (1), H interests, D dim, C candidates, T tasks, L history len
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.features import Features, ItemTable, gather
+from recsys.features.transitions import Followed, followed
 from recsys.history import Arrays, Histories
 from recsys.index.bundle import FEATURES, Bundle
 from recsys.index.delta import Rows
@@ -77,7 +78,9 @@ class Encoded:
         tables["item_vectors"] = _vectors(bundle, features)
         _check_tables(bundle, features, tables)
         codes, numbers, raw, user_codes, user_numbers = (tables[name] for name in names)
-        items = ItemTable(codes, numbers, tables["item_vectors"], raw)
+        kept = followed(features.transitions, lambda name: np.asarray(bundle.ranker_table(name)))
+        _check_transitions(bundle, kept)
+        items = ItemTable(codes, numbers, tables["item_vectors"], raw, kept)
         return cls(features, items, user_codes, user_numbers)
 
     def requested(self, user: int, context: Mapping[str, Any], now: int) -> Arrays:
@@ -242,6 +245,17 @@ def _check_tables(bundle: Bundle, features: Features, tables: Mapping[str, NDArr
             raise InputError(
                 f"{bundle.path / 'ranker' / name}.npy: {table.shape}, expected {expected}; export "
                 "the bundle again"
+            )
+
+
+def _check_transitions(bundle: Bundle, kept: Sequence[Followed]) -> None:
+    """Raise InputError where transitions are not of this bundle's items."""
+    for one in kept:
+        rows = {len(one.shares) - 1, len(one.firsts) - 1}
+        if rows != {bundle.num_items}:
+            raise InputError(
+                f"{bundle.path / 'ranker'}: transitions of {' and '.join(map(str, sorted(rows)))} "
+                f"items, expected {bundle.num_items}; export the bundle again"
             )
 
 

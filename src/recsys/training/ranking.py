@@ -119,6 +119,9 @@ class RankingJob:
         self.shown = self._shown()
         tasks, layout = self.shown.examples.tasks, self.shown.tables.features.layout
         model = make_ranker(config, layout, tasks, self.shown.retrieval_width)
+        if model.chances is not None and self.shown.retrieval is not None:
+            known = self.shown.retrieval.vectors, self.shown.tables.items.codes
+            model.chances.fit(*(torch.from_numpy(array) for array in known))
         model.standardise(self._some())
         # A dataclass among Hydra's own arguments would become a config.
         self.batches = instantiate(config.batches, _partial_=True)(
