@@ -171,15 +171,19 @@ def _summed(
 
 
 def newest_with(
-    past: Past, candidates_BC: NDArray[np.integer], codes_N: NDArray[np.integer]
+    past: Past, candidates_BC: NDArray[np.integer], codes_N: NDArray[np.integer] | None
 ) -> NDArray[np.int64]:
     """Return the newest past event of each candidate's value, as an index: [B, C], -1 for none.
 
-    codes_N: each item's value of one field; rare and missing values (under 2) are not shared.
+    codes_N: each item's value of one field; rare and missing values (under 2) are not shared. None:
+    all items but 0 have one.
     """
-    key_E = (past.owners << 32) + codes_N.take(past.items)
+    code_E, code_BC = (
+        np.where(items > 0, 2, 0) if codes_N is None else codes_N.take(items)
+        for items in (past.items, candidates_BC)
+    )
+    key_E = (past.owners << 32) + code_E
     order = key_E.argsort(kind="stable")
-    code_BC = codes_N.take(candidates_BC)
     wanted = (np.arange(len(candidates_BC))[:, None] << 32) + code_BC
     key_E, order = np.append(key_E[order], NOWHERE), np.append(order, -1)
     at = key_E[:-1].searchsorted(wanted, side="right") - 1
@@ -189,7 +193,7 @@ def newest_with(
 def transition(
     past: Past,
     candidates_BC: NDArray[Any],
-    codes_N: NDArray[np.integer],
+    codes_N: NDArray[np.integer] | None,
     known: Transitions,
     now_B: NDArray[np.int64],
 ) -> NDArray[np.float64]:

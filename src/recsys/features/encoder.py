@@ -227,7 +227,7 @@ class Features:
             if column.kind == "position":
                 number_BC = against_path.positions(positions_BC, candidates_BC.shape)
             elif column.kind == "transition":
-                codes_N = self.codes_of(column.by, table)
+                codes_N = None if column.by is None else self.codes_of(column.by, table)
                 args = past, candidates_BC, codes_N, next(transitions), now_B
                 number_BC = against_path.transition(*args)
             elif column.kind == "ratio":
