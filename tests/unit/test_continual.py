@@ -101,7 +101,7 @@ def second(home: Path) -> dict[str, dict]:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         return {
             "path": continued("resume_from=path name=path-2 trainer.max_epochs=3 logger=mlflow"),
-            "towers": continued("resume_from=towers name=towers-2 trainer.max_epochs=3"),
+            "towers": continued("resume_from=towers name=towers-2 trainer.max_epochs=6"),
         }
 
 
@@ -169,9 +169,12 @@ def test_a_continued_run_learns_the_new_and_reports_the_old(
     run, before = (load_run(workspace.find("run", n)) for n in (f"{name}-2", name))
     assert run.config.model == before.config.model
     assert run.config.optimizer == before.config.optimizer
-    assert run.manifest["epochs"] == 3, "what is typed changes a setting of the run before"
-    # A few steps on two days' events: better than none, or near it for two towers.
-    assert found["test"]["ndcg@10"] > 0.98 * found[BEFORE]["ndcg@10"]
+    typed = {"path": 3, "towers": 6}
+    assert run.manifest["epochs"] == typed[name], (
+        "what is typed changes a setting of the run before"
+    )
+    # A few steps on two days' events: better than none.
+    assert found["test"]["ndcg@10"] > found[BEFORE]["ndcg@10"]
     assert found["old_holdout_before"] == before.manifest["metrics"]["test"]
     assert found["old_holdout"]["ndcg@10"] > 0.5 * found["old_holdout_before"]["ndcg@10"]
     assert run.manifest["parent"]["name"] == name
