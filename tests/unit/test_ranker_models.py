@@ -197,7 +197,7 @@ def test_a_retrievers_scores_are_read_as_logs_of_probabilities(items: int) -> No
     found = chances(batch | {"item_codes": codes_NW[candidates_BC]})
     chance_BN = score_BN[:, 1:].softmax(-1)
     assert found[0].isnan().all()
-    # Exact where the catalogue is small, else by a thousand of its items.
+    # Exact where the catalogue is small, else by some hundreds of its items.
     within = 1e-5 if items <= ITEMS else 0.5
     for b, c in np.ndindex(3, 7):
         item = candidates_BC[b + 1, c]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from recsys.features import OTHER, Field, Layout
 from recsys.features.transitions import LEAST
 
-ITEMS = 1024
+ITEMS = 512
 """Items by which a ranker knows how sure a retriever is of its scores."""
 KINDS = 256
 """Most values of a field that puts items into kinds."""
@@ -66,7 +66,9 @@ class RetrievalChances(nn.Module):
         score_BC = batch["retrieval_scores"]
         score_BM = (batch["queries"] @ self.vectors_MD.T).amax(1) + self.weight_M
         total_B1 = score_BM.logsumexp(-1, keepdim=True)
-        log_BV = ((score_BM - total_B1).exp() @ self.member_MV).clamp(min=LEAST).log()
+        # No numbers too small to be normal: a product with them takes many times as long.
+        share_BM = (score_BM - total_B1).clamp(min=math.log(LEAST) - 10).exp()
+        log_BV = (share_BM @ self.member_MV).clamp(min=LEAST).log()
         of_kinds = [
             log_BV.gather(1, first + batch["item_codes"][..., place])
             for place, first in self.firsts.items()
