@@ -23,6 +23,14 @@ def side(vectors: Tensor, share: Tensor | None = None) -> ItemSide:
     return ItemSide(lambda: vectors, lambda index: vectors[index], share)
 
 
+def assert_same(ours: Tensor, plain: Tensor, of: tuple[Tensor, ...]) -> None:
+    """Compare two losses and their gradients, where the loss is not the last step either."""
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
+    gradients = (torch.autograd.grad(loss * 3, of) for loss in (ours, plain))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
 def test_softmax_among_a_table() -> None:
     # e^1 / (e^1 + e^0 + e^0), e^2 / (e^2 + e^1 + e^1)
     positive, negative = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
@@ -47,13 +55,7 @@ def test_full_softmax_equals_cross_entropy_and_its_gradients(
     ours = losses.full_softmax(query, target, side(vectors), temperature=0.5, chunk=chunk)
     logits = query @ vectors[1:].T / 0.5
     plain = F.cross_entropy(logits if query.ndim == 2 else logits.amax(1), target - 1)
-    assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
-    for mine, theirs in zip(
-        torch.autograd.grad(ours * 3, (query, vectors)),
-        torch.autograd.grad(plain * 3, (query, vectors)),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+    assert_same(ours, plain, (query, vectors))
 
 
 @pytest.mark.parametrize("shape", [(64, 8), (64, 3, 8)], ids=["one", "three interests"])
@@ -93,13 +95,7 @@ def test_sampled_softmax_equals_cross_entropy_and_its_gradients(
     logits = logits.masked_fill(drawn[None] == target[:, None], -torch.inf)
     plain = losses.softmax_among(losses.score(query, vectors[target]) / 0.5, logits, weight)
     assert (drawn[None] == target[:, None]).any()
-    assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
-    for mine, theirs in zip(
-        torch.autograd.grad(ours * 3, (query, vectors)),
-        torch.autograd.grad(plain * 3, (query, vectors)),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+    assert_same(ours, plain, (query, vectors))
 
 
 @pytest.mark.parametrize("by", ["uniform", "popularity"])

@@ -280,7 +280,7 @@ def tables_at(
 
 
 def unmet(dataset: Dataset, examples: Examples, least: int) -> NDArray[np.bool_]:
-    """Return which items training has met less often, in events and as shown: [N + 1]."""
+    """Return which items training has met less than `least` times, in events and shown: [N + 1]."""
     trained = examples.items[: examples.offsets[examples.parts["train"].stop]]
     shown_N = np.bincount(trained, minlength=dataset.num_items + 1)
     unknown = (shown_N < least) & (dataset.train_count < least)

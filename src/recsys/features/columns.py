@@ -194,6 +194,6 @@ def _check_by(column: Column, declared: Sequence[Column]) -> None:
         raise InputError(
             f"features.{column.name}.by is {column.by!r}; expected a declared item column that is "
             f"{' or '.join(kinds)}: {', '.join(known) or 'there is none'}"
-            f"{suggestion(column.by, known)}. Declare it: "
+            f"{suggestion(column.by, known) or '.'} Declare it: "
             f"{column.by}: {{of: item, kind: {kinds[0]}}}"
         )
