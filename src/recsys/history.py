@@ -127,12 +127,13 @@ def request_context(last: NDArray[np.int64], now: NDArray[np.int64]) -> Arrays:
     >>> request_context(np.array([0]), np.array([3_600_000]))["request_hour"]
     array([1])
     """
+    return {"request_gap": np.where(last < 0, 0, gap_bucket(now - last)), **request_clock(now)}
+
+
+def request_clock(now: NDArray[np.int64]) -> Arrays:
+    """Return the hour and the weekday of `now`, as `request_context` does."""
     hours = now // 3_600_000
-    return {
-        "request_gap": np.where(last < 0, 0, gap_bucket(now - last)),
-        "request_hour": hours % 24,
-        "request_weekday": (hours // 24 + 3) % 7,
-    }
+    return {"request_hour": hours % 24, "request_weekday": (hours // 24 + 3) % 7}
 
 
 def encode(

@@ -289,7 +289,7 @@ def learned_auc(choice: str, problem: Any, steps: int = 30) -> float:
     layout, batch, label = problem
     model = made(choice, layout, tasks=["view", "purchase"])
     labels = label.expand(-1, -1, 2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     model.train()
     for _ in range(steps):
         logit = model(*(batch[name] for name in model.inputs))
@@ -313,7 +313,7 @@ def test_every_choice_learns_a_crossing(choice: str) -> None:
 @pytest.mark.parametrize("choice", ["", *CHOICES, *FURTHER])
 def test_every_choice_learns_from_the_path_if_it_reads_one(choice: str) -> None:
     # DIN sums the path: that the newest event is another kind of evidence takes it longer.
-    reached = learned_auc(choice, path_problem(), 80 if choice == "path=din" else 30)
+    reached = learned_auc(choice, path_problem(), 100 if choice == "path=din" else 60)
     assert (reached > 0.95) == (choice != "path=none")
 
 
@@ -430,12 +430,21 @@ def test_calibration_scales_shifts_and_draws_a_line() -> None:
 
 
 def assert_exports(model: Calibrated, layout: Layout, path: Path) -> None:
-    export_ranker(model, layout, path)
+    """Check the graph of a ranker that reads embeddings against the ranker that looks them up."""
+    served = Calibrated(model.ranker, embedded=True).eval()
+    export_ranker(served, layout, path)
     session = open_session(path)
     for sizes in ((1, 1, 1), (1, 200, 50), (3, 2, 7), (17, 5, 2)):
         batch = random_batch(model, layout, sizes, seed=1)
-        (met,) = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
         wanted = answer(model, batch)
+        for name in ("item", "path"):
+            if f"{name}_embeddings" in served.inputs:
+                codes_BCW = batch[f"{name}_codes"]
+                embeddings = served.item_embeddings(codes_BCW.flatten(0, 1).numpy(), rows=3)
+                batch[f"{name}_embeddings"] = torch.from_numpy(embeddings).unflatten(
+                    0, codes_BCW.shape[:2]
+                )
+        (met,) = session.run(None, {name: batch[name].numpy() for name in served.inputs})
         assert met.shape == wanted.shape
         assert np.abs(met - wanted.numpy()).max() < 1e-4, sizes
 

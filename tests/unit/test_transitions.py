@@ -17,7 +17,7 @@ from recsys.data.dataset import Dataset
 from recsys.data.rates import DAY
 from recsys.data.transitions import TransitionLog
 from recsys.features import Features, declare
-from recsys.features.against_path import Past, transition
+from recsys.features.against_path import Compared, Past, Shared, transition
 from recsys.features.transitions import Transition, after_code, followed, kept
 from recsys.history import Histories
 from recsys.schema import InputError
@@ -108,17 +108,24 @@ def two_of_an_aisle() -> TransitionLog:
     return TransitionLog(dataset([[(0, 1, 1), (0, 2, 1)], [(0, 4, 3), (0, 3, 1)]]), CODES, 1)
 
 
+def newest(past: Past, candidates: np.ndarray) -> np.ndarray:
+    compared = Compared.of([("aisle", None)], {"aisle": slice(0, 1)})
+    return Shared.of(past, candidates, CODES[:, None], compared).last(("aisle", None))
+
+
 def test_a_candidate_is_looked_up_after_its_values_newest_event() -> None:
     events = np.array([1, 4, 5]), np.array([1, 3, 1]), np.array([10, 20, 30])
     past = Past.of(Histories.of([events, events]), np.array([40, 20]))
     candidates = np.array([[2, 3, 5, 1], [2, 3, 0, 6]])
-    asked = CODES, two_of_an_aisle().before(None), np.array([40, 20])
+    asked = two_of_an_aisle().before(None), np.array([40, 20])
     # 2 and 3 alone came next in their aisles, once each: (1 + 1 × 1) / (1 + 1).
     # The second request is asked at the moment of the cart, which is not known yet.
     expected = [[0.0, 0.0, nan, log(1e-6)], [0.0, nan, nan, log(1e-6)]]
-    np.testing.assert_allclose(transition(past, candidates, *asked), expected, atol=1e-7)
+    found = transition(past, candidates, newest(past, candidates), *asked)
+    np.testing.assert_allclose(found, expected, atol=1e-7)
     nobody = Past.of(Histories.of([(np.zeros(0, int),) * 3]), np.array([40]))
-    assert np.isnan(transition(nobody, candidates[:1], *asked)).all()
+    first = candidates[:1]
+    assert np.isnan(transition(nobody, first, newest(nobody, first), *asked)).all()
 
 
 def test_several_are_kept_side_by_side_and_come_back() -> None:
@@ -126,7 +133,7 @@ def test_several_are_kept_side_by_side_and_come_back() -> None:
     declared = [Transition("next", "aisle", 5.0), Transition("then", "aisle", 5.0)]
     again = followed(declared, arrays.__getitem__)
     assert [*kept(again)] == [*arrays]
-    assert len(arrays) == 12
+    assert len(arrays) == 14
     asked = after_code(np.array([[1]]), np.array([[1]])), np.array([[2]]), np.zeros(1, np.int64)
     assert [one.chances(*asked).item() for one in again] == [(1 + 5) / (1 + 5), 0.0]
 

@@ -49,6 +49,7 @@ class Tables:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The tables by the names under which they are kept."""
         items = self.items
+        embeddings = {} if items.embeddings is None else {"item_embeddings": items.embeddings}
         return {
             "item_codes": items.codes,
             "item_numbers": items.numbers,
@@ -57,6 +58,7 @@ class Tables:
             "user_codes": self.user_codes,
             "user_numbers": self.user_numbers,
             **kept(items.transitions),
+            **embeddings,
         }
 
     def save(self, folder: Path) -> None:
@@ -68,11 +70,14 @@ class Tables:
 
     @classmethod
     def load(cls, folder: Path) -> Tables:
-        """Read what `save` wrote."""
+        """Read what `save` wrote; raise InputError where a table is not there."""
         features = Features.of_json(json.loads((folder / FEATURES).read_text()))
 
         def read(name: str) -> NDArray[Any]:
-            array: NDArray[Any] = np.load(folder / f"{name}.npy", allow_pickle=False)
+            file = folder / f"{name}.npy"
+            if not file.is_file():
+                raise InputError(f"{file}: missing; train this ranker again with this version")
+            array: NDArray[Any] = np.load(file, allow_pickle=False)
             return array
 
         names = ("item_codes", "item_numbers", "item_vectors", "item_raw")

@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 
 from recsys.data.dataset import Dataset
 from recsys.data.rates import DAY
-from recsys.features.transitions import DAYS, DailyCounts, Followed, Ints, after_code, smoothed
+from recsys.features.transitions import (
+    DAYS,
+    TYPES,
+    DailyCounts,
+    Followed,
+    Ints,
+    after_code,
+    smoothed,
+)
 
 END = np.iinfo(np.int64).max
 
@@ -58,6 +66,7 @@ class TransitionLog:
         return Followed(
             np.append(pairs, END),
             np.append(counts, 0),
+            np.bincount(self.after[some] + 1, minlength=len(self.codes) * TYPES + 1).cumsum(),
             *(totals.keys, totals.before, self.firsts),
             self._shares(np.arange(len(self.codes)), end).astype(np.float32),
             self.prior,

@@ -39,10 +39,11 @@ OPSET = 23
 """The first opset with attention as one node; at 20 a masked row gave NaN in ONNX Runtime."""
 TOLERANCE = 1e-4
 MAX_BATCH = 4096
-BY_LENGTH = ("items", "types", "gaps", "times", "values", "path_codes")
+BY_LENGTH = ("items", "types", "gaps", "times", "values", "path_codes", "path_embeddings")
 """Inputs of shape [batch, length, …]."""
 BY_CANDIDATE = (
     "item_codes",
+    "item_embeddings",
     "item_numbers",
     "item_vectors",
     "cross_numbers",
@@ -110,11 +111,12 @@ def random_shown(
     """Return random inputs of a ranker: codes and numbers as `layout` has them, some missing."""
     rng = np.random.default_rng([batch, candidates, length])
     some, many = (batch,), (batch, candidates)
-    path = (batch, length)
+    path, width = (batch, length), model.ranker.embedding_width
     arrays: Arrays = {
         "request_codes": _codes(rng, layout.request_codes, some),
         "request_numbers": _numbers(rng, (*some, len(layout.request_numbers))),
         "item_codes": _codes(rng, layout.item_codes, many),
+        "item_embeddings": rng.normal(size=(*many, width)).astype(np.float32),
         "item_numbers": _numbers(rng, (*many, len(layout.item_numbers))),
         "item_vectors": rng.normal(size=(*many, layout.vector_width)).astype(np.float32),
         "cross_numbers": _numbers(rng, (*many, len(layout.cross_numbers))),
@@ -122,6 +124,7 @@ def random_shown(
         "queries": rng.normal(size=(*some, 2, model.retriever)).astype(np.float32),
         "candidate_vectors": rng.normal(size=(*many, model.retriever)).astype(np.float32),
         "path_codes": _codes(rng, layout.item_codes, path),
+        "path_embeddings": rng.normal(size=(*path, width)).astype(np.float32),
         "types": rng.integers(1, len(EVENT_TYPES) + 1, path),
         "gaps": rng.integers(0, GAP_BUCKETS, path),
         "values": rng.integers(0, VALUE_BUCKETS, path),

@@ -5,6 +5,7 @@ Shapes: C candidates, T tasks, K found items.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from recsys.export.onnx import export_ranker
 from recsys.export.runtime import open_session, request_times
 from recsys.history import Histories
 from recsys.index.bundle import FEATURES, RANKER
+from recsys.models.ranker import Calibrated
 from recsys.training.ranker_runs import LoadedRanker
 
 
@@ -32,6 +34,7 @@ class BundledRanker:
     @classmethod
     def write(cls, directory: Path, ranker: LoadedRanker) -> BundledRanker:
         """Write graph, columns and tables into a bundle's directory."""
+        ranker = _embedded(ranker)
         export_ranker(ranker.model, ranker.tables.features.layout, directory / RANKER)
         ranker.tables.save((directory / FEATURES).parent)
         return cls(directory, ranker)
@@ -65,3 +68,12 @@ class BundledRanker:
         given = {name: as_model(arrays[name]) for name in model.inputs}
         probability_CT = np.asarray(self.session.run(None, given)[0][0])
         return items_C[np.argsort(-(probability_CT @ self.weight_T), kind="stable")]
+
+
+def _embedded(ranker: LoadedRanker) -> LoadedRanker:
+    """Return a ranker whose items' codes have been looked up, as far as it has any."""
+    model, items = Calibrated(ranker.model.ranker, embedded=True).eval(), ranker.tables.items
+    if model.inputs == ranker.model.inputs:
+        return ranker
+    items = replace(items, embeddings=model.item_embeddings(items.codes))
+    return replace(ranker, model=model, tables=replace(ranker.tables, items=items))

@@ -2,7 +2,8 @@
 
 Every value of a candidate is looked up once among all values of the path, sorted: no C × L grid.
 
-Shapes: B requests, C candidates, E past events of all requests, F values of an item, K keys.
+Shapes: B requests, C candidates, E past events of all requests, I items, F values of an item, K
+keys.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from recsys.schema import type_code
 NOWHERE, NO_CANDIDATE = -2, -1
 """Keys of a value that is missing or rare: on the path, and of a candidate; they never meet."""
 END = np.iinfo(np.int64).max
+Pair = tuple[str | None, str | None]
+"""A field, None being that it is an item at all, and a type of event, None being all."""
 
 
 @dataclass(frozen=True)
@@ -59,35 +62,39 @@ class Compared:
     """Which values of an item are compared with the path, laid out side by side: F of them.
 
     fields_F: a number for each compared field, as only values of one field meet; events_F: the type
-    of event that it reads, 0 for all; indices: the first so many values are the item itself;
-    places: the others' columns in a codes array; where: (field, event) → its values.
+    of event that it reads, 0 for all; indices: the first so many values are the item itself; known:
+    of so many next it is whether it is an item; places: the others' columns in a codes array;
+    where: (field, event) → its values.
     """
 
     fields_F: NDArray[np.int64]
     events_F: NDArray[np.int64]
     indices: int
+    known: int
     places: NDArray[np.int64]
-    where: Mapping[tuple[str, str | None], slice]
+    where: Mapping[Pair, slice]
 
     @classmethod
-    def of(cls, wanted: Iterable[tuple[str, str | None]], columns: Mapping[str, slice]) -> Compared:
+    def of(cls, wanted: Iterable[Pair], columns: Mapping[str, slice]) -> Compared:
         """Lay out (field, event) pairs; `columns`: field → its columns in a codes array.
 
         >>> compared = Compared.of([("genres", None), ("item_id", "cart")], {"genres": slice(4, 6)})
         >>> compared.fields_F, compared.events_F, compared.places
         (array([0, 1, 1]), array([3, 0, 0]), array([4, 5]))
         """
-        pairs = sorted(dict.fromkeys(wanted), key=lambda pair: pair[0] != "item_id")
-        spans = [slice(0, 1) if by == "item_id" else columns[by] for by, _ in pairs]
-        widths = [span.stop - span.start for span in spans]
+        first = ("item_id", None)
+        pairs = sorted(dict.fromkeys(wanted), key=lambda pair: [pair[0] != by for by in first])
+        coded = [columns[by] for by, _ in pairs if by is not None and by not in first]
+        indices, known = (sum(by == one for by, _ in pairs) for one in first)
+        widths = [1] * (indices + known) + [span.stop - span.start for span in coded]
         ends = [sum(widths[:place]) for place in range(len(pairs) + 1)]
-        indices = sum(by == "item_id" for by, _ in pairs)
         types = [0 if event is None else type_code(event) for _, event in pairs]
-        places = [place for span in spans[indices:] for place in range(span.start, span.stop)]
+        places = [place for span in coded for place in range(span.start, span.stop)]
         return cls(
             fields_F=np.repeat(np.arange(len(pairs)), widths),
             events_F=np.repeat(np.array(types, np.int64), widths),
             indices=indices,
+            known=known,
             places=np.array(places, np.int64),
             where={pair: slice(*at) for pair, at in zip(pairs, pairwise(ends), strict=True)},
         )
@@ -95,15 +102,16 @@ class Compared:
     def keys(
         self, owners: NDArray[np.int64], items: NDArray[np.integer], codes: NDArray[np.integer]
     ) -> NDArray[np.int64]:
-        """Return one number for each (request, field, value), under 0 where there is no value."""
-        value = np.empty((*items.shape, len(self.fields_F)), np.int64)
-        value[..., : self.indices] = items[..., None]
-        value[..., : self.indices] += 1
-        # Twice `take`: a third of the time of `codes[items][..., places]`.
-        value[..., self.indices :] = codes.take(items, axis=0).take(self.places, axis=-1)
+        """Return a number for each (request, field, value) of items [I], under 0 for no value."""
+        value = np.empty((len(items), len(self.fields_F)), np.int64)
+        plain = self.indices + self.known
+        value[:, : self.indices] = items[:, None] + 1
+        value[:, self.indices : plain] = 2 * (items > 0)[:, None]
+        # Twice `take`: a third of the time of `codes[items][:, places]`.
+        value[:, plain:] = codes.take(items, axis=0).take(self.places, axis=1)
         missing = value < 2
         value += self.fields_F << 32
-        value += (owners << 40)[..., None]
+        value += (owners << 40)[:, None]
         np.putmask(value, missing, NO_CANDIDATE)
         return value
 
@@ -112,12 +120,14 @@ class Compared:
 class Shared:
     """What a candidate's values have in common with the path: [B, C, F] for each of its values.
 
-    counts: past events with that value; since: log(1 + seconds) since the newest, NaN for none.
+    counts: past events with that value; newest: the newest of them, as an index, and one too many
+    where there is none; since_E: log(1 + seconds) since each past event, and NaN.
     """
 
     counts: NDArray[np.int64]
-    since: NDArray[np.float64]
-    where: Mapping[tuple[str, str | None], slice]
+    newest: NDArray[np.int64]
+    since_E: NDArray[np.float64]
+    where: Mapping[Pair, slice]
 
     @classmethod
     def of(
@@ -128,80 +138,69 @@ class Shared:
         compared: Compared,
     ) -> Shared:
         """Count and date what is shared; codes: [N + 1, W] of all items."""
-        owner_B1 = np.arange(len(candidates_BC))[:, None]
-        wanted = compared.keys(owner_B1, candidates_BC, codes)
-        met = compared.keys(past.owners, past.items, codes)
+        batch, count = candidates_BC.shape
+        owners = np.concatenate([past.owners, np.arange(batch).repeat(count)])
+        items = np.concatenate([past.items, candidates_BC.ravel()])
+        keys = compared.keys(owners, items, codes)
+        met, wanted = keys[: len(past.items)], keys[len(past.items) :]
         unread = (compared.events_F > 0) & (past.types[:, None] != compared.events_F)
         np.putmask(met, unread | (met < 0), NOWHERE)
-        known_K, count_K, newest_K = _summed(met.ravel(), past.ages.repeat(met.shape[1]))
+        known_K, count_K, newest_K = _summed(met)
         at = known_K.searchsorted(wanted)
-        at[known_K[at] != wanted] = len(known_K) - 1
-        return cls(count_K[at], np.log1p(newest_K / 1000)[at], compared.where)
+        at = np.where(known_K[at] == wanted, at, len(known_K) - 1).reshape(
+            batch, count, keys.shape[1]
+        )
+        since_E = np.append(np.log1p(past.ages / 1000), np.nan)
+        return cls(count_K[at], newest_K[at], since_E, compared.where)
 
-    def count(self, by: str, event: str | None) -> NDArray[np.float64]:
+    def count(self, pair: Pair) -> NDArray[np.float64]:
         """Return log(1 + n), n the past events with each of the field's values, summed: [B, C]."""
-        counts = self.counts[..., self.where[by, event]]
+        counts = self.counts[..., self.where[pair]]
         return np.log1p(counts[..., 0] if counts.shape[-1] == 1 else counts.sum(-1))
 
-    def newest(self, by: str, event: str | None) -> NDArray[np.float64]:
+    def since(self, pair: Pair) -> NDArray[np.float64]:
         """Return log(1 + seconds) since the last event with any of the values: [B, C]."""
-        since = self.since[..., self.where[by, event]]
+        since = self.since_E[self.newest[..., self.where[pair]]]
         return since[..., 0] if since.shape[-1] == 1 else np.fmin.reduce(since, axis=-1)
+
+    def last(self, pair: Pair) -> NDArray[np.int64]:
+        """Return the newest past event with a field's one value, or one too many: [B, C]."""
+        return self.newest[..., self.where[pair].start]
 
 
 def _summed(
-    key: NDArray[np.int64], ages: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Return distinct keys in order, how often each is there, and its newest age: [K].
+    key_EF: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return distinct keys in order, how often each is there, and its last event: [K].
 
-    The last key stands for what is not found: 0 times, of age NaN.
+    The last key stands for what is not found: 0 times, after all events.
     """
-    order = key.argsort()
-    key = key[order]
+    events, width = key_EF.shape
+    order = key_EF.argsort(axis=None, kind="stable")
+    key = key_EF.ravel()[order]
     first = np.ones(len(key) + 1, bool)
     np.not_equal(key[1:], key[:-1], out=first[1:-1])
     starts = first.nonzero()[0]
-    count, newest = np.zeros(len(starts), np.int64), np.full(len(starts), np.nan)
+    count, newest = np.zeros(len(starts), np.int64), np.full(len(starts), events)
     count[:-1] = starts[1:] - starts[:-1]
-    if len(key):
-        newest[:-1] = np.minimum.reduceat(ages[order], starts[:-1])
+    newest[:-1] = order[starts[1:] - 1] // max(width, 1)
     known = np.full(len(starts), END)
     known[:-1] = key[starts[:-1]]
     return known, count, newest
 
 
-def newest_with(
-    past: Past, candidates_BC: NDArray[np.integer], codes_N: NDArray[np.integer] | None
-) -> NDArray[np.int64]:
-    """Return the newest past event of each candidate's value, as an index: [B, C], -1 for none.
-
-    codes_N: each item's value of one field; rare and missing values (under 2) are not shared. None:
-    all items but 0 have one.
-    """
-    code_E, code_BC = (
-        np.where(items > 0, 2, 0) if codes_N is None else codes_N.take(items)
-        for items in (past.items, candidates_BC)
-    )
-    key_E = (past.owners << 32) + code_E
-    order = key_E.argsort(kind="stable")
-    wanted = (np.arange(len(candidates_BC))[:, None] << 32) + code_BC
-    key_E, order = np.append(key_E[order], NOWHERE), np.append(order, -1)
-    at = key_E[:-1].searchsorted(wanted, side="right") - 1
-    return np.where((key_E[at] == wanted) & (code_BC >= 2), order[at], -1)
-
-
 def transition(
     past: Past,
     candidates_BC: NDArray[Any],
-    codes_N: NDArray[np.integer] | None,
+    newest_BC: NDArray[np.int64],
     known: Transitions,
     now_B: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    """Return log of how often a candidate came next after its value's newest event, or NaN."""
-    newest_BC = newest_with(past, candidates_BC, codes_N)
+    """Return log of how often candidates came next after `newest` events, NaN after none."""
     after_BC = np.append(after_code(past.items, past.types), 0)[newest_BC]
-    chance_BC = known.chances(after_BC, candidates_BC, now_B)
-    return np.where(newest_BC >= 0, log_share(chance_BC), np.nan)
+    chance_BC = log_share(known.chances(after_BC, candidates_BC, now_B))
+    chance_BC[newest_BC == len(past.items)] = np.nan
+    return chance_BC
 
 
 def ratio(

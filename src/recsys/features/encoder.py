@@ -20,7 +20,7 @@ from recsys.features.context import context_lists, context_numbers, context_text
 from recsys.features.layout import Field, ItemTable, Layout, Rate
 from recsys.features.learnt import FIRST, MISSING, OTHER, Scale, Vocabulary
 from recsys.features.transitions import Transition, log_share
-from recsys.history import Arrays, Histories, request_context
+from recsys.history import Arrays, Histories, request_clock
 from recsys.schema import InputError, suggestion
 
 ARROW = (pa.Array, pa.ChunkedArray)
@@ -188,7 +188,7 @@ class Features:
         request may not hold; a log's columns (Arrow) may be more than are declared.
         """
         self._check_names(context)
-        batch, clock = len(now_B), request_context(now_B, now_B)
+        batch, clock = len(now_B), request_clock(now_B)
         assert all(len(values) == batch for values in context.values()), "one value a request"
         coded = [self._request_codes(c, context, clock) for c in self._coded("request")]
         codes = [code_B for places in coded for code_B in places]
@@ -227,15 +227,14 @@ class Features:
             if column.kind == "position":
                 number_BC = against_path.positions(positions_BC, candidates_BC.shape)
             elif column.kind == "transition":
-                codes_N = None if column.by is None else self.codes_of(column.by, table)
-                args = past, candidates_BC, codes_N, next(transitions), now_B
-                number_BC = against_path.transition(*args)
+                args = past, candidates_BC, shared.last((column.by, None)), next(transitions)
+                number_BC = against_path.transition(*args, now_B)
             elif column.kind == "ratio":
                 raw, read = table.raw[:, self._raw_place(column)], past.only(column.event)
                 number_BC = against_path.ratio(read, raw[candidates_BC], raw[read.items])
             else:
-                number = shared.count if column.kind == "count" else shared.newest
-                number_BC = number(str(column.by), column.event)
+                number = shared.count if column.kind == "count" else shared.since
+                number_BC = number((column.by, column.event))
             cross_BCG[..., place] = number_BC
         return {"cross_numbers": cross_BCG}
 
@@ -378,8 +377,8 @@ class Features:
         ends = np.cumsum([0] + [field.width for field in self.layout.item_codes]).tolist()
         fields = zip(self.layout.item_codes, ends, strict=False)
         columns = {field.name: slice(at, at + field.width) for field, at in fields}
-        read = [column for column in self._crossed if column.kind in ("count", "since")]
-        return Compared.of([(str(column.by), column.event) for column in read], columns)
+        read = [c for c in self._crossed if c.kind in ("count", "since", "transition")]
+        return Compared.of([(column.by, column.event) for column in read], columns)
 
     def _raw_place(self, column: Column) -> int:
         return self.raw_names.index(str(column.by))

@@ -51,7 +51,8 @@ class ItemTable:
 
     codes: int32 [N + 1, W]; numbers: float32 [N + 1, G], NaN is missing; vectors: float32
     [N + 1, V]; raw: float64 [N + 1, X], numbers that path columns read, in the order of
-    `Features.raw_names`; transitions: what came next in the log, a table a declared column.
+    `Features.raw_names`; transitions: what came next in the log, a table a declared column;
+    embeddings: where a trained ranker has put the codes in their place, float32 [N + 1, E].
     """
 
     codes: NDArray[np.int32]
@@ -59,6 +60,7 @@ class ItemTable:
     vectors: NDArray[np.float32]
     raw: NDArray[np.float64]
     transitions: tuple[Transitions, ...] = ()
+    embeddings: NDArray[np.float32] | None = None
 
 
 class Rate(NamedTuple):
@@ -79,12 +81,18 @@ def gather(
 
     Returns `item_codes` int64 [B, C, W], `item_numbers` float32 [B, C, G], `item_vectors` float32
     [B, C, V] and, where `items_BL` is given, `path_codes` int64 [B, L, W]; none of zero width.
+    Where the table has embeddings, `item_embeddings` float32 [B, C, E] beside the codes, and
+    `path_embeddings` [B, L, E] in place of the path's.
     """
     found: Arrays = {
         "item_codes": table.codes[candidates_BC].astype(np.int64),
         "item_numbers": table.numbers[candidates_BC],
         "item_vectors": table.vectors[candidates_BC],
     }
-    if items_BL is not None:
+    if table.embeddings is not None:
+        found["item_embeddings"] = table.embeddings[candidates_BC]
+    if items_BL is not None and table.embeddings is not None:
+        found["path_embeddings"] = table.embeddings[items_BL]
+    elif items_BL is not None:
         found["path_codes"] = table.codes[items_BL].astype(np.int64)
     return {name: array for name, array in found.items() if array.shape[-1]}

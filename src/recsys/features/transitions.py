@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ Ints = NDArray[np.int64]
 TYPES = len(EVENT_TYPES) + 1
 DAYS = 1 << 13
 """Days that a log may span, twenty-two years; what is older counts as of its first day."""
-PARTS = ("pairs", "counts", "keys", "before", "firsts", "shares")
+PARTS = ("pairs", "counts", "starts", "keys", "before", "firsts", "shares")
 
 
 LEAST = 1e-6
@@ -104,13 +105,14 @@ class Followed:
     """How often what came next after what, as of one moment: what a bundle keeps.
 
     pairs: int64 [P + 1], `after_code` × (N + 1) + next item, rising, the last is no pair; counts
-    int64 [P + 1]; keys, before: of `DailyCounts`, what anything came after; firsts int64 [N + 1]:
-    the day on which each item was first met; shares float32 [N + 1]: of all that came next since
-    among items with the same value.
+    int64 [P + 1]; totals int32 [(N + 1) × `TYPES`]: how often anything came after each code; keys,
+    before: the same by day, see `DailyCounts`; firsts int64 [N + 1]: the day on which each item was
+    first met; shares float32 [N + 1]: of all that came next since among items with the same value.
     """
 
     pairs: Ints
     counts: Ints
+    starts: Ints
     keys: Ints
     before: Ints
     firsts: Ints
@@ -122,9 +124,22 @@ class Followed:
         wanted = after_BC * len(self.shares) + candidates_BC
         at = self.pairs.searchsorted(wanted)
         count = np.where(self.pairs[at] == wanted, self.counts[at], 0)
-        known = DailyCounts(self.keys, self.before)
-        total = known.between(after_BC, self.firsts[candidates_BC], DAYS - 1)
+        total = self.starts[after_BC + 1] - self._before_met(after_BC, self.firsts[candidates_BC])
         return smoothed(count, total, self.shares[candidates_BC], self.prior)
+
+    def _before_met(self, after_BC: Ints, first_BC: Ints) -> Ints:
+        """Return how often anything came after all codes under each, and before the first days.
+
+        Most items were met on the log's first day, and need no search.
+        """
+        before_BC, late_BC = self.starts[after_BC], first_BC > self._start
+        at = self.keys.searchsorted(after_BC[late_BC] * DAYS + first_BC[late_BC])
+        before_BC[late_BC] = self.before[at]
+        return before_BC
+
+    @cached_property
+    def _start(self) -> int:
+        return int(self.firsts.min())
 
 
 def kept(transitions: Sequence[Transitions]) -> dict[str, NDArray[Any]]:

@@ -4,7 +4,7 @@ Every part is told `request_width`, `candidate_width` and `dropout`, reads reque
 candidate_BCK and answers hidden_NH, H being its `width`. What a request's own features add to a
 linear layer is computed once a request, never once a candidate. What follows is flat, N: a layer
 and its bias are then one node of an ONNX graph.
-Shapes: B requests, C candidates, N = B × C, R and K widths of both, V rank, H width.
+Shapes: B requests, C candidates, N = B × C, R and K widths of both, X their sum, V rank, H width.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,45 +90,47 @@ class Dcnv2(nn.Module):
         super().__init__()
         if structure not in ("parallel", "stacked"):
             raise InputError(f"model.crossing.structure={structure}: expected parallel or stacked")
-        widths = request_width, candidate_width
-        self.layers = nn.ModuleList(LowRankCross(*widths, rank) for _ in range(layers))
-        self.deep = Mlp(*widths, dropout, hidden)
-        self.beside = SplitLinear(*widths, hidden[-1]) if structure == "parallel" else None
+        width = request_width + candidate_width
+        self.cross = LowRankCross(width, layers, rank)
+        self.deep = nn.Sequential(_first(width, hidden[0]), *dense(hidden, dropout))
+        self.beside = nn.Linear(width, hidden[-1]) if structure == "parallel" else None
         self.width = hidden[-1] * (1 if self.beside is None else 2)
 
     def forward(self, request_BR: Tensor, candidate_BCK: Tensor) -> Tensor:
         """Return hidden_NH."""
-        plain = request_BR[:, None], candidate_BCK
-        crossed = plain
-        for layer in self.layers:
-            crossed = layer(plain, crossed)
+        request_BCR = request_BR[:, None].expand(-1, candidate_BCK.shape[1], -1)
+        plain_NX = torch.cat([request_BCR, candidate_BCK], dim=-1).flatten(0, 1)
+        crossed_NX = self.cross(plain_NX)
         if self.beside is None:
-            return self.deep.read(*crossed)
-        return torch.cat([self.beside(*crossed).flatten(0, 1), self.deep.read(*plain)], dim=-1)
-
-
-Pair = tuple[Tensor, Tensor]
-"""Features of the request [B, 1 or C, R] and of the candidates [B, C, K]."""
+            return cast(Tensor, self.deep(crossed_NX))
+        return torch.cat([self.beside(crossed_NX), self.deep(plain_NX)], dim=-1)
 
 
 class LowRankCross(nn.Module):
-    """One cross layer, x0 * (U V x + b) + x, with x in its two halves."""
+    """Cross layers, x0 * (U V x + b) + x each: together x0 times a factor that they add to.
 
-    def __init__(self, request_width: int, candidate_width: int, rank: int) -> None:
+    There is one b: what those of further layers would add, the linear layer behind them can.
+    """
+
+    def __init__(self, width: int, layers: int, rank: int) -> None:
         super().__init__()
-        if rank < 1:
-            raise InputError(f"model.crossing.rank={rank}: expected at least 1")
-        self.narrow = SplitLinear(request_width, candidate_width, rank)
-        self.widen_request = nn.Linear(rank, request_width)
-        self.widen_candidate = nn.Linear(rank, candidate_width)
+        if min(layers, rank) < 1:
+            raise InputError(
+                f"model.crossing.layers={layers}, rank={rank}: expected 1 or more of both"
+            )
+        self.narrow = nn.ModuleList(nn.Linear(width, rank) for _ in range(layers))
+        self.widen = nn.ParameterList(
+            nn.Parameter(torch.randn(rank, width) / (3 * rank) ** 0.5) for _ in range(layers)
+        )
+        self.bias = nn.Parameter(torch.ones(width))
 
-    def forward(self, plain: Pair, crossed: Pair) -> Pair:
-        """Return the crossed features; the request's half differs by candidate from here on."""
-        narrow_BCV = self.narrow(*crossed)
-        narrow_NV, sizes = narrow_BCV.flatten(0, 1), narrow_BCV.shape[:2]
-        request_BCR = self.widen_request(narrow_NV).unflatten(0, sizes)
-        candidate_BCK = self.widen_candidate(narrow_NV).unflatten(0, sizes)
-        return plain[0] * request_BCR + crossed[0], plain[1] * candidate_BCK + crossed[1]
+    def forward(self, plain_NX: Tensor) -> Tensor:
+        """Return the crossed features [N, X]."""
+        crossed_NX, factor_NX = plain_NX, cast(Tensor, self.bias)
+        for narrow, widen_VX in zip(self.narrow, self.widen, strict=True):
+            factor_NX = torch.addmm(factor_NX, narrow(crossed_NX), widen_VX)
+            crossed_NX = plain_NX * factor_NX
+        return crossed_NX
 
 
 class FinalMlp(nn.Module):
@@ -188,6 +190,14 @@ class Gate(nn.Module):
         """Return the weights of the request's features and of the candidate's."""
         hidden = F.relu(self.hidden(context))
         return [2 * side(hidden).sigmoid() for side in self.sides]
+
+
+def _first(before: int, after: int) -> nn.Linear:
+    """Return a layer in front of a ReLU, with He's initialisation."""
+    layer = nn.Linear(before, after)
+    nn.init.normal_(layer.weight, std=math.sqrt(2 / before))
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def dense(widths: Sequence[int], dropout: float) -> nn.Sequential:

@@ -20,7 +20,7 @@ Esmm = bool | Sequence[str]
 
 
 class SharedBottom(nn.Module):
-    """One network below, a small tower for each task (Caruana 1997)."""
+    """One network below, a small tower for each task (Caruana 1997), all of them side by side."""
 
     def __init__(
         self,
@@ -32,14 +32,16 @@ class SharedBottom(nn.Module):
         esmm: Esmm = False,
     ) -> None:
         super().__init__()
-        self.bottom = nn.Sequential(nn.Linear(width, hidden), *dense([hidden], dropout))
-        self.towers = Towers(hidden, len(tasks), tower, dropout)
+        widths = [hidden, len(tasks) * tower]
+        self.below = nn.Sequential(nn.Linear(width, hidden), *dense(widths, dropout))
+        self.weight_TX = nn.Parameter(torch.randn(len(tasks), tower) / (3 * tower) ** 0.5)
+        self.bias_T = nn.Parameter(torch.zeros(len(tasks)))
         self.funnel = chained(tasks, esmm)
 
     def forward(self, hidden_NH: Tensor) -> Tensor:
         """Return logit_NT."""
-        bottom_NX = self.bottom(hidden_NH)
-        logit_NT: Tensor = self.funnel(self.towers([bottom_NX] * len(self.towers)))
+        tower_NTX = self.below(hidden_NH).unflatten(-1, self.weight_TX.shape)
+        logit_NT: Tensor = self.funnel((tower_NTX * self.weight_TX).sum(-1) + self.bias_T)
         return logit_NT
 
 

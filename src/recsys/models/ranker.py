@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recsys.features import Field, Layout
 from recsys.models.calibration import Calibration
@@ -45,7 +48,7 @@ class Ranker(nn.Module):
         max_length: int = 50,
         retriever: int = 0,
         dim: int = 16,
-        number_dim: int = 8,
+        numbers: int = 64,
         dropout: float = 0.1,
         crossing: MakePart = Dcnv2,
         path: MakePart | None = TargetAttention,
@@ -61,7 +64,7 @@ class Ranker(nn.Module):
         self.inputs = _inputs(layout, retriever, path is not None, reads)
         self.codes = Codes(layout.request_codes, layout.item_codes, dim)
         self.numbers = nn.ModuleDict(
-            {name: Numbers(count, number_dim) for name, count in _counts(layout, retriever).items()}
+            {name: Numbers(count, numbers) for name, count in _counts(layout, retriever).items()}
         )
         self.vectors = nn.Linear(layout.vector_width, dim) if layout.vector_width else None
         self.retriever = retriever
@@ -79,10 +82,18 @@ class Ranker(nn.Module):
 
     def forward(self, *arrays: Tensor) -> Tensor:
         """Return logit_BCT; `arrays` in the order of `inputs`."""
-        batch = dict(zip(self.inputs, arrays, strict=True))
+        return self.answer(dict(zip(self.inputs, arrays, strict=True)))
+
+    def answer(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return logit_BCT; `item_embeddings` and `path_embeddings` are taken where given."""
         request_BR, candidate_BCK = self._request(batch), self._candidates(batch)
         logit_NT = self.heads(self.crossing(request_BR, candidate_BCK))
         return cast(Tensor, logit_NT.unflatten(0, candidate_BCK.shape[:2]))
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of an item's embeddings: what is looked up by its codes."""
+        return len(self.codes.fields["item_codes"]) * self.codes.table.embedding_dim
 
     def _request(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return request_BR; where nothing is known of requests, one learned vector for all."""
@@ -100,10 +111,12 @@ class Ranker(nn.Module):
     def _candidates(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return candidate_BCK: the item, its numbers beside the path's, and what the path says."""
         parts = []
-        if "item_codes" in batch:
+        if "item_embeddings" in batch:
+            parts.append(batch["item_embeddings"])
+        elif "item_codes" in batch:
             parts.append(self.codes("item_codes", batch["item_codes"]))
         if self.path is not None:
-            parts.append(self.path(parts[0], self._items_of_path(batch["path_codes"]), batch))
+            parts.append(self.path(parts[0], self._items_of_path(batch), batch))
         if "candidate_numbers" in self.numbers:
             parts.append(self.numbers["candidate_numbers"](self._candidate_numbers(batch)))
         if self.vectors is not None:
@@ -129,16 +142,18 @@ class Ranker(nn.Module):
             number_BCG = self._candidate_numbers(batch)
             cast(Numbers, self.numbers["candidate_numbers"]).fit(number_BCG[real_BC])
 
-    def _items_of_path(self, codes_BLW: Tensor) -> PathItems:
+    def _items_of_path(self, batch: Mapping[str, Tensor]) -> PathItems:
+        if "path_embeddings" in batch:
+            return PathItems(batch["path_embeddings"])
         if not self.training:
-            return PathItems(self.codes("item_codes", codes_BLW))
+            return PathItems(self.codes("item_codes", batch["path_codes"]))
         # A batch's paths hold the same items again and again: each is looked up once.
-        codes_UW, place_BL = self.codes.distinct("item_codes", codes_BLW)
+        codes_UW, place_BL = self.codes.distinct("item_codes", batch["path_codes"])
         return PathItems(self.codes("item_codes", codes_UW), place_BL)
 
     def _widths(self, layout: Layout, dim: int) -> tuple[int, int]:
         """Return the widths of request_BR and of candidate_BCK."""
-        numbers = {name: cast(Numbers, part).bias.numel() for name, part in self.numbers.items()}
+        numbers = {name: cast(Numbers, part).width for name, part in self.numbers.items()}
         read_by = self.query is not None
         request = (len(layout.request_codes) + read_by) * dim + numbers.get("request_numbers", 0)
         codes = (len(layout.item_codes) + (self.vectors is not None) + read_by) * dim
@@ -217,10 +232,7 @@ def _runs(fields: Sequence[Field]) -> list[tuple[int, bool]]:
 
 
 class Numbers(nn.Module):
-    """Each number as a vector: a learned direction times it and a bias, or one for a missing one.
-
-    All are one matrix product, each number having a block of its rows and columns.
-    Source: Gorishniy et al. 2022, section 3.2 (linear embeddings of numerical features).
+    """Numbers side by side, missing ones 0 and marked, with hidden units that read them together.
 
     >>> Numbers(2, 4)(torch.tensor([[0.5, float("nan")]])).shape
     torch.Size([1, 8])
@@ -229,13 +241,12 @@ class Numbers(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, count: int, dim: int) -> None:
+    def __init__(self, count: int, hidden: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(count))
         self.register_buffer("scale", torch.ones(count))
-        self.weight, self.missing = (nn.Parameter(torch.randn(count, dim) * 0.1) for _ in range(2))
-        self.bias = nn.Parameter(torch.randn(count * dim) * 0.1)
-        self.register_buffer("own", torch.eye(count)[..., None], persistent=False)
+        self.hidden = nn.Linear(2 * count, hidden)
+        self.width = 2 * count + hidden
 
     def fit(self, number_RG: Tensor) -> None:
         """Standardise each number from now on as in some rows, where it is known and varies."""
@@ -245,30 +256,49 @@ class Numbers(nn.Module):
                 self.mean[place], self.scale[place] = known_R.mean(), known_R.std(correction=0)
 
     def forward(self, number_G: Tensor) -> Tensor:
-        """Return [..., G * D] of numbers [..., G], NaN where missing."""
+        """Return [..., 2 * G + hidden] of numbers [..., G], NaN where missing."""
         missing_G = number_G.isnan()
         known_G = torch.where(missing_G, 0.0, (number_G - self.mean) / self.scale)
-        blocks = [
-            (self.get_buffer("own") * part).flatten(1) for part in (self.weight, self.missing)
-        ]
         both = torch.cat([known_G, missing_G.to(known_G.dtype)], dim=-1)
-        return both @ torch.cat(blocks) + self.bias
+        return torch.cat([both, F.relu(self.hidden(both))], dim=-1)
 
 
 class Calibrated(nn.Module):
-    """A ranker that answers with calibrated probabilities (`dwell`: seconds): what is exported."""
+    """A ranker that answers with calibrated probabilities (`dwell`: seconds).
 
-    def __init__(self, ranker: Ranker) -> None:
+    `embedded` reads items' embeddings in place of codes, which a bundle has looked up beforehand.
+    """
+
+    def __init__(self, ranker: Ranker, embedded: bool = False) -> None:
         super().__init__()
         self.ranker = ranker
         self.inputs, self.tasks, self.max_length = ranker.inputs, ranker.tasks, ranker.max_length
+        if embedded:
+            self.inputs = _embedded(ranker)
         self.retriever = ranker.retriever
         # Looked at here: a graph has no branches, and most calibrations no lines.
         self.lines = ranker.calibration.has_lines
 
     def forward(self, *arrays: Tensor) -> Tensor:
         """Return probability_BCT; `arrays` in the order of `inputs`."""
-        return cast(Tensor, self.ranker.calibration(self.ranker(*arrays), self.lines))
+        logit_BCT = self.ranker.answer(dict(zip(self.inputs, arrays, strict=True)))
+        return cast(Tensor, self.ranker.calibration(logit_BCT, self.lines))
+
+    def item_embeddings(self, codes_NW: NDArray[np.integer], rows: int = 1 << 16) -> NDArray:
+        """Return what to give for items of these codes: float32 [N, E]."""
+        with torch.no_grad():
+            parts = [
+                self.ranker.codes("item_codes", torch.from_numpy(codes_NW[at : at + rows]).long())
+                for at in range(0, len(codes_NW), rows)
+            ]
+        return torch.cat(parts).numpy()
+
+
+def _embedded(ranker: Ranker) -> tuple[str, ...]:
+    """Return a ranker's inputs with embeddings of items; chances read a candidate's codes too."""
+    beside = () if ranker.chances is None else ("item_codes",)
+    put = {"item_codes": (*beside, "item_embeddings"), "path_codes": ("path_embeddings",)}
+    return tuple(name for old in ranker.inputs for name in put.get(old, (old,)))
 
 
 def _counts(layout: Layout, retriever: int) -> dict[str, int]:

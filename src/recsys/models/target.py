@@ -34,6 +34,11 @@ class PathItems:
     vectors: Tensor
     place_BL: Tensor | None = None
 
+    @property
+    def length(self) -> int:
+        """How long the paths are, padding included."""
+        return (self.vectors if self.place_BL is None else self.place_BL).shape[1]
+
     def through(
         self, layer: nn.Module, tables: Sequence[Tensor], codes: Sequence[Tensor]
     ) -> Tensor:
@@ -80,7 +85,7 @@ class Events(nn.Module):
     def forward(self, items: PathItems, batch: Mapping[str, Tensor]) -> Tensor:
         """Return event_BLA."""
         length_B1 = batch["lengths"][:, None]
-        places_L = torch.arange(batch["path_codes"].shape[1], device=length_B1.device)
+        places_L = torch.arange(items.length, device=length_B1.device)
         since_BL = (length_B1 - 1 - places_L).clamp(min=0)
         told = {"since": since_BL, **{name: batch[name] for name in self.reads}}
         if "values" in told:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from recsys.features import Features, ItemTable, gather
 from recsys.features.transitions import Followed, followed
 from recsys.history import Arrays, Histories
-from recsys.index.bundle import FEATURES, Bundle
+from recsys.index.bundle import FEATURES, TABLES, Bundle
 from recsys.index.delta import Rows
 from recsys.schema import PAD, InputError, suggestion
 from recsys.serving.graphs import ENCODED, check_inputs, open_graph
@@ -32,6 +32,7 @@ CANDIDATES = ("queries", "candidates", "candidate_vectors", "retrieval_scores")
 OF_FEATURES = (
     *("request_codes", "request_numbers", "path_codes"),
     *("item_codes", "item_numbers", "item_vectors", "cross_numbers"),
+    *("item_embeddings", "path_embeddings"),
 )
 """What a ranker may read where the bundle holds its features; see `recsys.features`."""
 
@@ -64,8 +65,8 @@ class Encoded:
     user_numbers: NDArray[np.floating]
 
     @classmethod
-    def load(cls, bundle: Bundle) -> Encoded | None:
-        """Map a bundle's tables; return None where its ranker has no features.
+    def load(cls, bundle: Bundle, inputs: Sequence[str]) -> Encoded | None:
+        """Map the tables that `inputs` are made of; return None where a ranker has no features.
 
         Raises InputError where they do not fit each other.
         """
@@ -73,15 +74,21 @@ class Encoded:
             return None
         features = Features.of_json(bundle.ranker_features)
         # Plain arrays over the mapped pages: slicing a numpy.memmap costs five times as much.
-        names = ("item_codes", "item_numbers", "item_raw", "user_codes", "user_numbers")
+        names = [*TABLES, *(name for name in ("item_embeddings",) if name in inputs)]
         tables = {name: np.asarray(bundle.ranker_table(name)) for name in names}
         tables["item_vectors"] = _vectors(bundle, features)
         _check_tables(bundle, features, tables)
-        codes, numbers, raw, user_codes, user_numbers = (tables[name] for name in names)
         kept = followed(features.transitions, lambda name: np.asarray(bundle.ranker_table(name)))
         _check_transitions(bundle, kept)
-        items = ItemTable(codes, numbers, tables["item_vectors"], raw, kept)
-        return cls(features, items, user_codes, user_numbers)
+        items = ItemTable(
+            tables["item_codes"],
+            tables["item_numbers"],
+            tables["item_vectors"],
+            tables["item_raw"],
+            kept,
+            tables.get("item_embeddings"),
+        )
+        return cls(features, items, tables["user_codes"], tables["user_numbers"])
 
     def requested(self, user: int, context: Mapping[str, Any], now: int) -> Arrays:
         """Return what is known of a request itself; `user` is a row plus one, 0 unknown.
@@ -130,7 +137,7 @@ class Ranker:
         inputs, candidates, length = _entry(bundle, bundle.ranker)
         tasks, blend_T = _tasks(bundle, bundle.ranker)
         check_inputs(bundle.ranker_path, inputs, (*ENCODED, *CANDIDATES, *OF_FEATURES))
-        encoded = Encoded.load(bundle)
+        encoded = Encoded.load(bundle, inputs)
         if encoded is None and (without := [name for name in inputs if name in OF_FEATURES]):
             raise InputError(
                 f"{bundle.path}: its ranker reads {', '.join(without)}, which {FEATURES} says how "

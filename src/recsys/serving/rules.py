@@ -144,7 +144,10 @@ def boosted(source: Source, boost: Boost | None, width: int) -> tuple[Hits, bool
 
 def in_order(indices: Indices, scores: NDArray[np.floating]) -> Hits:
     """Return items best first, of equal ones the smallest index, the most popular, first."""
-    order = np.lexsort((indices, -scores))
+    order = (-scores).argsort(kind="stable")
+    ranked = scores[order]
+    if (ranked[1:] == ranked[:-1]).any():
+        order = np.lexsort((indices, -scores))
     return indices[order], scores[order]
 
 
