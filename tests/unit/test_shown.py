@@ -19,7 +19,16 @@ from recsys.data import examples as made_of
 from recsys.data.dataset import Dataset
 from recsys.data.examples import Cut
 from recsys.data.prepare import prepare
-from recsys.data.shown import Shown, ShownBatches, Tables, asked, fitted, shown, unmet
+from recsys.data.shown import (
+    DistinctItems,
+    Shown,
+    ShownBatches,
+    Tables,
+    asked,
+    fitted,
+    shown,
+    unmet,
+)
 from recsys.data.sources.events import Events
 from recsys.features import OTHER
 from recsys.history import Histories
@@ -268,13 +277,23 @@ def test_batches_hold_training_requests_once_and_hide_some(encoded: Shown) -> No
     for hidden in (0.0, 0.5, 1.0):
         batches = ShownBatches(encoded.dataset, 16, 3, encoded, inputs, hidden)
         epoch = [batches[0, step] for step in range(batches.steps)]
-        assert sum(len(batch["path_codes"]) for batch in epoch) == len(encoded.requests("train"))
-        assert set(epoch[0]) == {*inputs, "labels"}
+        assert sum(len(batch["path_places"]) for batch in epoch) == len(encoded.requests("train"))
+        assert set(epoch[0]) == {*inputs, "path_places", "labels"}
         known = encoded.tables.features.facts["device"]["values"].index("phone")
         default = [(batch["request_codes"][:, 1] == 2 + known).float() for batch in epoch]
         shares.append(float(np.concatenate(default).mean()))
     assert shares[0] == pytest.approx(1 / 3, abs=0.02)
     assert shares[0] < shares[1] < shares[2] == 1.0
+
+
+def test_items_of_a_batch_of_paths_are_looked_up_once(encoded: Shown) -> None:
+    requests = encoded.requests("train")
+    distinct = DistinctItems(encoded.tables.items.codes)
+    for some in np.array_split(requests, 3):
+        once, each = encoded.arrays(some, distinct=distinct), encoded.arrays(some)
+        np.testing.assert_array_equal(once["path_codes"][once["path_places"]], each["path_codes"])
+        codes_PW = each["path_codes"].reshape(-1, each["path_codes"].shape[-1])
+        assert len(once["path_codes"]) == len(np.unique(codes_PW, axis=0))
 
 
 def test_batches_make_some_items_such_as_no_training_has_met(encoded: Shown) -> None:

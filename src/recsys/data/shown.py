@@ -165,18 +165,24 @@ class Shown:
         """Return the whole path before each request."""
         return self.dataset.histories(self.examples.users[requests], self.examples.places[requests])
 
-    def arrays(self, requests: Ints, path: bool = True) -> Arrays:
+    def arrays(
+        self, requests: Ints, path: bool = True, distinct: DistinctItems | None = None
+    ) -> Arrays:
         """Return everything that a ranker may read of some requests, and their `labels` [B, C, T].
 
         Where a request shows fewer items than others its row ends with item 0 and unknown labels.
-        Without `path` what the path alone says is left out, which is most of the time.
+        Without `path` what the path alone says is left out, which is most of the time; `distinct`
+        looks the items of all paths up once each.
         """
         examples, rows_BC = self.examples, grid(self.examples.offsets, requests)
         real_BC = rows_BC >= 0
         items_BC = np.where(real_BC, examples.items[rows_BC], 0)
         found = self._paths(requests) if path else {}
         found |= {name: values[requests] for name, values in self.request.items()}
-        found |= gather(self.tables.items, items_BC, found.get("items"))
+        items_BL = found.get("items")
+        found |= gather(self.tables.items, items_BC, None if distinct else items_BL)
+        if distinct and items_BL is not None:
+            found |= distinct(items_BL)
         if self.rates.shape[1]:
             found["item_numbers"][..., -self.rates.shape[1] :] = self.rates[rows_BC]
         if self.cross.shape[1]:
@@ -332,6 +338,36 @@ def chunks(total: int, size: int = CHUNK) -> Iterator[NDArray[np.int64]]:
     return (np.arange(start, min(start + size, total)) for start in range(0, total, size))
 
 
+class DistinctItems:
+    """Looks up codes [N + 1, W] of the items of some paths, those of items that are alike once.
+
+    Items are told apart by a 64-bit hash of their codes: for two of 10^6 to agree by chance, one in
+    10^7 catalogues.
+    """
+
+    def __init__(self, codes_NW: NDArray[np.integer]) -> None:
+        odd_W = np.random.default_rng(0).integers(1 << 62, size=codes_NW.shape[1]) * 2 + 1
+        hash_N = codes_NW @ odd_W
+        _, first_K, self.kind_N = np.unique(hash_N, return_index=True, return_inverse=True)
+        self.codes_KW = codes_NW[first_K].astype(np.int64)
+        self.places_K = np.empty(len(first_K), np.int64)
+
+    def __call__(self, items_BL: Ints) -> Arrays:
+        """Return `path_codes` int64 [U, W] of U kinds of item, and `path_places` [B, L] in them.
+
+        >>> distinct = DistinctItems(np.array([[0], [5], [6], [5]]))
+        >>> found = distinct(np.array([[2, 0, 1], [2, 3, 2]]))
+        >>> found["path_codes"][found["path_places"], 0].tolist(), len(found["path_codes"])
+        ([[6, 0, 5], [6, 5, 6]], 3)
+        """
+        kinds_BL = self.kind_N[items_BL]
+        flat_P, places_K = kinds_BL.ravel(), self.places_K
+        places_K[flat_P] = np.arange(len(flat_P))  # of each kind one place stays
+        kinds_U = flat_P[places_K[flat_P] == np.arange(len(flat_P))]
+        places_K[kinds_U] = np.arange(len(kinds_U))
+        return {"path_codes": self.codes_KW[kinds_U], "path_places": places_K[kinds_BL]}
+
+
 class ShownBatches(Batches):
     """`size` requests a batch with all that was shown at each.
 
@@ -353,6 +389,7 @@ class ShownBatches(Batches):
     ) -> None:
         self.shown, self.inputs, self.hidden = shown, inputs, hidden
         self.training = shown.requests("train")
+        self.distinct = DistinctItems(shown.tables.items.codes)
         super().__init__(dataset, size, seed)
 
     @property
@@ -371,13 +408,15 @@ class ShownBatches(Batches):
     def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
         """Return the model's inputs and `labels`."""
         requests = self.training[rows]
-        arrays = self.shown.arrays(requests, "path_codes" in self.inputs)
+        path = "path_codes" in self.inputs
+        arrays = self.shown.arrays(requests, path, self.distinct)
         hides = np.append(rng.random(self.draws(rows)) < self.hidden, False)
         ends = np.cumsum(1 + self.cost(rows))
         hides_BX = hides[grid(np.append(0, ends), np.arange(len(rows)))]
         self._hide(arrays, hides_BX[:, 0], requests)
         self._hide_items(arrays, hides_BX[:, 1:])
-        return {name: as_model(arrays[name]) for name in (*self.inputs, "labels")}
+        names = (*self.inputs, *(("path_places",) if path else ()), "labels")
+        return {name: as_model(arrays[name]) for name in names}
 
     def _hide(self, arrays: Arrays, chosen_B: NDArray[np.bool_], requests: Ints) -> None:
         """Make a request's own context missing, as a server reads one that gives none."""

@@ -85,7 +85,10 @@ class Ranker(nn.Module):
         return self.answer(dict(zip(self.inputs, arrays, strict=True)))
 
     def answer(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return logit_BCT; `item_embeddings` and `path_embeddings` are taken where given."""
+        """Return logit_BCT; `item_embeddings` and `path_embeddings` are taken where given.
+
+        `path_codes` are [B, L, W], or with `path_places` int64 [B, L] those of distinct items.
+        """
         request_BR, candidate_BCK = self._request(batch), self._candidates(batch)
         logit_NT = self.heads(self.crossing(request_BR, candidate_BCK))
         return cast(Tensor, logit_NT.unflatten(0, candidate_BCK.shape[:2]))
@@ -145,11 +148,7 @@ class Ranker(nn.Module):
     def _items_of_path(self, batch: Mapping[str, Tensor]) -> PathItems:
         if "path_embeddings" in batch:
             return PathItems(batch["path_embeddings"])
-        if not self.training:
-            return PathItems(self.codes("item_codes", batch["path_codes"]))
-        # A batch's paths hold the same items again and again: each is looked up once.
-        codes_UW, place_BL = self.codes.distinct("item_codes", batch["path_codes"])
-        return PathItems(self.codes("item_codes", codes_UW), place_BL)
+        return PathItems(self.codes("item_codes", batch["path_codes"]), batch.get("path_places"))
 
     def _widths(self, layout: Layout, dim: int) -> tuple[int, int]:
         """Return the widths of request_BR and of candidate_BCK."""
@@ -179,9 +178,6 @@ class Codes(nn.Module):
             self.register_buffer(f"{name}_first", first_W, persistent=False)
             single_W = (widths_F == 1).repeat_interleave(widths_F)
             self.register_buffer(f"{name}_single", single_W, persistent=False)
-            seeded = torch.Generator().manual_seed(0)
-            odd_W = torch.randint(2**62, (len(first_W),), generator=seeded) * 2 + 1
-            self.register_buffer(f"{name}_hash", odd_W, persistent=False)
             row = int(first_F[-1])
         self.table = nn.Embedding(row, dim, padding_idx=0)
         nn.init.normal_(self.table.weight[1:].detach(), std=0.05)
@@ -193,20 +189,6 @@ class Codes(nn.Module):
             return cast(Tensor, self.table(rows).flatten(-2))
         rows = torch.where((codes > 0) | self.get_buffer(f"{name}_single"), rows, 0)
         return torch.cat(self._pooled(name, rows, self.table(rows)), dim=-1)
-
-    def distinct(self, name: str, codes_BLW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return codes_UW, each row of `codes_BLW` once, and the place of each: int64 [B, L].
-
-        Rows are told apart by a 64-bit hash: for a batch's some 10^5 to agree by chance, one in
-        10^9 batches.
-        """
-        hash_BL = (codes_BLW * self.get_buffer(f"{name}_hash")).sum(-1)
-        hash_U, place_BL = hash_BL.unique(return_inverse=True)
-        flat_P = place_BL.flatten()
-        some_U = flat_P.new_empty(len(hash_U)).scatter_(
-            0, flat_P, torch.arange(len(flat_P), device=flat_P.device)
-        )
-        return codes_BLW.flatten(0, 1)[some_U], place_BL
 
     def _pooled(self, name: str, rows: Tensor, vectors: Tensor) -> list[Tensor]:
         runs = _runs(self.fields[name])

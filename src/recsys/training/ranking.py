@@ -75,7 +75,7 @@ class RankerModule(SeededModule):
 
     def training_step(self, batch: dict[str, Tensor], step: int) -> Tensor:
         """Return the loss of all tasks over the batch's known labels."""
-        logit_BCT = self.model(*(batch[name] for name in cast(Ranker, self.model).inputs))
+        logit_BCT = cast(Ranker, self.model).answer(batch)
         label_BCT = torch.full_like(logit_BCT, torch.nan) if IDLE in batch else batch["labels"]
         loss = self.loss(logit_BCT, label_BCT, uncertainty=self.uncertainty)
         self.count(loss, self.of_all(batch, self.shown(label_BCT))[1])
