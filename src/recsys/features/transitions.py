@@ -105,9 +105,10 @@ class Followed:
     """How often what came next after what, as of one moment: what a bundle keeps.
 
     pairs: int64 [P + 1], `after_code` × (N + 1) + next item, rising, the last is no pair; counts
-    int64 [P + 1]; totals int32 [(N + 1) × `TYPES`]: how often anything came after each code; keys,
-    before: the same by day, see `DailyCounts`; firsts int64 [N + 1]: the day on which each item was
-    first met; shares float32 [N + 1]: of all that came next since among items with the same value.
+    int64 [P + 1]; starts: int64 [(N + 1) × `TYPES` + 1], how often anything came after all codes
+    under each; keys, before: the same by day, see `DailyCounts`; firsts int64 [N + 1]: the day on
+    which each item was first met; shares float32 [N + 1]: of all that came next since among items
+    with the same value.
     """
 
     pairs: Ints

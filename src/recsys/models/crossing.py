@@ -1,8 +1,8 @@
 """Interchangeable parts of the ranker that cross features of a request with a candidate's.
 
 Every part is told `request_width`, `candidate_width` and `dropout`, reads request_BR and
-candidate_BCK and answers hidden_NH, H being its `width`. What a request's own features add to a
-linear layer is computed once a request, never once a candidate. What follows is flat, N: a layer
+candidate_BCK and answers hidden_NH, H being its `width`. In a `SplitLinear` what a request's own
+features add is computed once a request, never once a candidate. What follows is flat, N: a layer
 and its bias are then one node of an ONNX graph.
 Shapes: B requests, C candidates, N = B × C, R and K widths of both, X their sum, V rank, H width.
 """

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.features import Features, ItemTable, gather
-from recsys.features.transitions import Followed, followed
+from recsys.features.transitions import TYPES, Followed, followed
 from recsys.history import Arrays, Histories
 from recsys.index.bundle import FEATURES, TABLES, Bundle
 from recsys.index.delta import Rows
@@ -258,7 +258,7 @@ def _check_tables(bundle: Bundle, features: Features, tables: Mapping[str, NDArr
 def _check_transitions(bundle: Bundle, kept: Sequence[Followed]) -> None:
     """Raise InputError where transitions are not of this bundle's items."""
     for one in kept:
-        rows = {len(one.shares) - 1, len(one.firsts) - 1}
+        rows = {len(one.shares) - 1, len(one.firsts) - 1, (len(one.starts) - 1) // TYPES - 1}
         if rows != {bundle.num_items}:
             raise InputError(
                 f"{bundle.path / 'ranker'}: transitions of {' and '.join(map(str, sorted(rows)))} "
