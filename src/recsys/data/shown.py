@@ -348,9 +348,8 @@ class DistinctItems:
     def __init__(self, codes_NW: NDArray[np.integer]) -> None:
         odd_W = np.random.default_rng(0).integers(1 << 62, size=codes_NW.shape[1]) * 2 + 1
         hash_N = codes_NW @ odd_W
-        _, first_K, self.kind_N = np.unique(hash_N, return_index=True, return_inverse=True)
-        self.codes_KW = codes_NW[first_K].astype(np.int64)
-        self.places_K = np.empty(len(first_K), np.int64)
+        _, self.first_K, self.kind_N = np.unique(hash_N, return_index=True, return_inverse=True)
+        self.codes_NW, self.places_K = codes_NW, np.empty(len(self.first_K), np.int64)
 
     def __call__(self, items_BL: Ints) -> Arrays:
         """Return `path_codes` int64 [U, W] of U kinds of item, and `path_places` [B, L] in them.
@@ -365,7 +364,8 @@ class DistinctItems:
         places_K[flat_P] = np.arange(len(flat_P))  # of each kind one place stays
         kinds_U = flat_P[places_K[flat_P] == np.arange(len(flat_P))]
         places_K[kinds_U] = np.arange(len(kinds_U))
-        return {"path_codes": self.codes_KW[kinds_U], "path_places": places_K[kinds_BL]}
+        codes_UW = self.codes_NW[self.first_K[kinds_U]].astype(np.int64)
+        return {"path_codes": codes_UW, "path_places": places_K[kinds_BL]}
 
 
 class ShownBatches(Batches):
@@ -389,7 +389,8 @@ class ShownBatches(Batches):
     ) -> None:
         self.shown, self.inputs, self.hidden = shown, inputs, hidden
         self.training = shown.requests("train")
-        self.distinct = DistinctItems(shown.tables.items.codes)
+        path = "path_codes" in inputs
+        self.distinct = DistinctItems(shown.tables.items.codes) if path else None
         super().__init__(dataset, size, seed)
 
     @property
@@ -408,15 +409,14 @@ class ShownBatches(Batches):
     def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
         """Return the model's inputs and `labels`."""
         requests = self.training[rows]
-        path = "path_codes" in self.inputs
-        arrays = self.shown.arrays(requests, path, self.distinct)
+        arrays = self.shown.arrays(requests, self.distinct is not None, self.distinct)
         hides = np.append(rng.random(self.draws(rows)) < self.hidden, False)
         ends = np.cumsum(1 + self.cost(rows))
         hides_BX = hides[grid(np.append(0, ends), np.arange(len(rows)))]
         self._hide(arrays, hides_BX[:, 0], requests)
         self._hide_items(arrays, hides_BX[:, 1:])
-        names = (*self.inputs, *(("path_places",) if path else ()), "labels")
-        return {name: as_model(arrays[name]) for name in names}
+        places = () if self.distinct is None else ("path_places",)
+        return {name: as_model(arrays[name]) for name in (*self.inputs, *places, "labels")}
 
     def _hide(self, arrays: Arrays, chosen_B: NDArray[np.bool_], requests: Ints) -> None:
         """Make a request's own context missing, as a server reads one that gives none."""

@@ -74,7 +74,7 @@ class Encoded:
             return None
         features = Features.of_json(bundle.ranker_features)
         # Plain arrays over the mapped pages: slicing a numpy.memmap costs five times as much.
-        names = [*TABLES, *(name for name in ("item_embeddings",) if name in inputs)]
+        names = (*TABLES, *({"item_embeddings"} & set(inputs)))
         tables = {name: np.asarray(bundle.ranker_table(name)) for name in names}
         tables["item_vectors"] = _vectors(bundle, features)
         _check_tables(bundle, features, tables)
