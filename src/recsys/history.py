@@ -96,9 +96,9 @@ def value_bucket(values: NDArray[np.floating]) -> NDArray[np.int64]:
     >>> value_bucket(np.array([np.nan, 0, 4.5, 5, 60, 3600]))
     array([ 0,  1, 20, 21, 48, 95])
     """
-    places = 8 * np.log2(1 + np.maximum(values, 0))
-    known = 1 + np.minimum(np.nan_to_num(places), VALUE_BUCKETS - 2).astype(np.int64)
-    return np.where(np.isnan(values), 0, known)
+    # What is NaN stays so in the maximum, and is the other one in fmax.
+    places = np.floor(8 * np.log2(1 + np.maximum(values, 0)))
+    return np.fmax(np.minimum(places, VALUE_BUCKETS - 2) + 1, 0).astype(np.int64)
 
 
 def gaps_within(histories: Histories) -> NDArray[np.int64]:
@@ -154,13 +154,12 @@ def encode(
     """
     kept = histories.last(max_length)
     lengths = kept.lengths
-    shape = (len(kept), max(1, int(lengths.max(initial=1))))
-    at = (np.repeat(np.arange(len(kept)), lengths), _places(kept)) if len(kept) != 1 else None
+    at_BL = _right_padded(kept) if len(kept) != 1 else None
     last = np.where(lengths > 0, np.append(kept.times, 0)[kept.offsets[1:] - 1], -1)
     if recency is None:
         recency = np.full(len(kept), OWN_RECENCY, np.float32)
     asked: Arrays = {"lengths": lengths, "recency": recency}
-    return _grids(kept, shape, at) | asked | request_context(last, now)
+    return _grids(kept, at_BL) | asked | request_context(last, now)
 
 
 def pack(
@@ -200,15 +199,17 @@ def pack(
     if horizon > 1 and rng is not None:
         left = np.repeat(inputs.lengths, inputs.lengths) - places
         target += (rng.random(len(places)) * np.minimum(left, horizon)).astype(np.int64)
-    shape = (int(rows.max(initial=0)) + 1, row_length)
-    at = (np.repeat(rows, inputs.lengths), np.repeat(starts, inputs.lengths) + places)
+    at_RL = np.full((int(rows.max(initial=0)) + 1, row_length), len(places))
+    at_RL[np.repeat(rows, inputs.lengths), np.repeat(starts, inputs.lengths) + places] = np.arange(
+        len(places)
+    )
     flat = {
         "positions": places,
         "segments": np.repeat(segments, inputs.lengths),
         "targets": following.items[target],
         "target_types": following.types[target],
     } | request_context(inputs.times, following.times)
-    return _grids(inputs, shape, at) | {n: _scatter(shape, at, v) for n, v in flat.items()}
+    return _grids(inputs, at_RL) | {name: _laid(column, at_RL) for name, column in flat.items()}
 
 
 def _without(histories: Histories, events: NDArray[np.int64]) -> Histories:
@@ -245,27 +246,29 @@ def _places(histories: Histories) -> NDArray[np.int64]:
     return np.arange(len(histories.items)) - np.repeat(histories.offsets[:-1], lengths)
 
 
-Places = tuple[NDArray, NDArray] | None
-"""Row and column of each event in a grid; None where the grid is one row, filled from its start."""
+def _right_padded(histories: Histories) -> NDArray[np.int64]:
+    """Return which event stands where, one past the last where none does: int64 [B, L]."""
+    lengths = histories.lengths
+    places_L = np.arange(max(1, int(lengths.max(initial=1))))
+    at_BL = histories.offsets[:-1, None] + places_L
+    return np.where(places_L < lengths[:, None], at_BL, len(histories.items))
 
 
-def _grids(histories: Histories, shape: tuple[int, int], at: Places) -> Arrays:
+def _grids(histories: Histories, at_RL: NDArray[np.int64] | None) -> Arrays:
     flat = {
         "items": histories.items,
         "types": histories.types,
         "gaps": gaps_within(histories),
         "times": seconds_within(histories),
     }
-    grids = {name: _scatter(shape, at, column) for name, column in flat.items()}
-    if histories.values is None:
-        return grids | {"values": np.zeros(shape, np.int64)}
-    return grids | {"values": _scatter(shape, at, value_bucket(histories.values))}
+    if histories.values is not None:
+        flat["values"] = value_bucket(histories.values)
+    grids = {name: _laid(column, at_RL) for name, column in flat.items()}
+    return grids if "values" in grids else grids | {"values": np.zeros_like(grids["items"])}
 
 
-def _scatter(shape: tuple[int, int], at: Places, flat: NDArray) -> NDArray[np.int64]:
-    grid = np.zeros(shape, np.int64)
-    if at is None:
-        grid[0, : len(flat)] = flat
-    else:
-        grid[at] = flat
-    return grid
+def _laid(flat: NDArray, at_RL: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """Return the column with each event where it stands, else 0; without places, as one row."""
+    if at_RL is not None:
+        return np.append(flat, 0).astype(np.int64, copy=False)[at_RL]
+    return flat[None].astype(np.int64) if len(flat) else np.zeros((1, 1), np.int64)

@@ -30,7 +30,7 @@ from recsys.models.chances import ITEMS, RetrievalChances
 from recsys.models.crossing import SplitLinear
 from recsys.models.heads import Funnel, chained
 from recsys.models.ranker import Codes
-from recsys.models.target import row_sums
+from recsys.models.target import WeighedSums
 from recsys.schema import EVENT_TYPES, InputError
 from recsys.task_losses import Uncertainty, multi_task, softmax_in_request, task_losses
 
@@ -157,19 +157,19 @@ def test_reads_what_events_were_worth_but_the_newest(path: str) -> None:
     assert ((answer(model, batch) != before).flatten(1).any(1) == several).all()
 
 
-def test_row_sums_are_sums_of_lookups_with_their_gradients() -> None:
-    tables = [torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 3)]
-    codes = [torch.randint(n, (6, 2)) for n in (5, 3)]
-    summed = row_sums(tables, codes)
-    plain = sum(nn.functional.embedding(c, t) for t, c in zip(tables, codes, strict=True))
-    assert torch.allclose(summed, plain)
-    pull = torch.randn_like(summed)
-    for ours, theirs in zip(
-        torch.autograd.grad(summed, tables, pull),
-        torch.autograd.grad(plain, tables, pull),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
+def test_dins_gradients_are_those_of_its_sums() -> None:
+    (rows, length, candidates, hidden, width) = (3, 5, 2, 4, 6)
+    there = (torch.rand(rows, length, 1) > 0.3).double()
+    shapes = [(rows, length, width), (rows, candidates, hidden, width), (rows, candidates, hidden)]
+    given = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in (*shapes, (1, hidden), (1,))
+    ]
+    sums = lambda key, *rest: WeighedSums.apply(key, there, *rest)  # noqa: E731
+    assert torch.autograd.gradcheck(sums, given)
+    asked = torch.einsum("bla,bcha->blch", *given[:2]) + given[2][:, None]
+    weight = (asked.relu() @ given[3][0] + given[4]) * there
+    torch.testing.assert_close(sums(*given), torch.einsum("blc,bla->bca", weight, given[0]))
 
 
 def test_reads_only_what_there_is() -> None:

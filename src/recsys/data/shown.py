@@ -400,7 +400,8 @@ class ShownBatches(Batches):
 
     def cost(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many items each request shows."""
-        return np.diff(self.shown.examples.offsets)[self.training[rows]]
+        requests, offsets = self.training[rows], self.shown.examples.offsets
+        return offsets[requests + 1] - offsets[requests]
 
     def draws(self, rows: NDArray[np.int64]) -> int:
         """A number each request and shown item, by which its context, or what it is, is hidden."""

@@ -21,6 +21,7 @@ from recsys.models.calibration import Calibration
 from recsys.models.chances import RetrievalChances, kinds
 from recsys.models.crossing import Dcnv2
 from recsys.models.heads import Mmoe
+from recsys.models.lookups import Embedding
 from recsys.models.target import PathItems, TargetAttention
 from recsys.schema import InputError
 
@@ -179,7 +180,7 @@ class Codes(nn.Module):
             single_W = (widths_F == 1).repeat_interleave(widths_F)
             self.register_buffer(f"{name}_single", single_W, persistent=False)
             row = int(first_F[-1])
-        self.table = nn.Embedding(row, dim, padding_idx=0)
+        self.table = Embedding(row, dim, padding_idx=0)
         nn.init.normal_(self.table.weight[1:].detach(), std=0.05)
 
     def forward(self, name: str, codes: Tensor) -> Tensor:

@@ -1,0 +1,39 @@
+"""Look-ups answer and learn as PyTorch's own do, whatever the tables' sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from recsys.models.lookups import Embedding, row_sums
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (5, 3, 4), (120, 90, 2, 7)], ids=str)
+def test_row_sums_are_sums_of_lookups_with_their_gradients(sizes: tuple[int, ...]) -> None:
+    tables = [torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in sizes]
+    codes = [torch.randint(n, (6, 2)) for n in sizes]
+    summed = row_sums(tables, codes)
+    plain = sum(F.embedding(c, t) for t, c in zip(tables, codes, strict=True))
+    assert isinstance(plain, torch.Tensor)
+    torch.testing.assert_close(summed, plain)
+    pull = torch.randn_like(summed)
+    ours, theirs = (torch.autograd.grad(answer, tables, pull) for answer in (summed, plain))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("padding", [None, 0, 2])
+@pytest.mark.parametrize("shape", [(7,), (3, 4), (0,), (2, 3, 2)], ids=str)
+def test_an_embedding_is_pytorchs(padding: int | None, shape: tuple[int, ...]) -> None:
+    ours, theirs = Embedding(5, 3, padding_idx=padding), nn.Embedding(5, 3, padding_idx=padding)
+    ours.load_state_dict(theirs.state_dict())
+    index = torch.randint(5, shape)
+    assert torch.equal(ours(index), theirs(index))
+    pull = torch.randn(*shape, 3)
+    for table in (ours, theirs):
+        table(index).backward(pull)
+    assert ours.weight.grad is not None
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+    with torch.no_grad():
+        assert not ours(index).requires_grad
