@@ -58,7 +58,9 @@ COMPARED = "DIN"
 COMMON = ["model=ranker", "batches=shown", "features=movielens", "examples=rated"]
 LIBRARIES = (
     Library("FuxiCTR", ("fuxictr==2.3.10",), "ctr_fuxictr.py", ("dcnv2", "din")),
-    Library("DeepCTR-Torch", ("deepctr-torch==0.3.0", "requests"), "ctr_deepctr.py", ("dcnv2", "din")),
+    Library(
+        "DeepCTR-Torch", ("deepctr-torch==0.3.0", "requests"), "ctr_deepctr.py", ("dcnv2", "din")
+    ),
     Library("Torch-RecHub", ("torch-rechub==0.9.0",), "ctr_rechub.py", ("dcnv2", "din")),
 )
 LENGTH, GENRES = 50, 5

@@ -371,11 +371,18 @@ def explain_config(error: BaseException) -> str | None:
 
 
 def _closest(key: str) -> str:
+    """Return which choices have a setting that this one lacks, or else the closest name of one."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         known = _keys(compose(CONFIG))
     group = key.partition(".")[0]
-    for choice in (config_dir() / group).glob("*.yaml"):
-        known += _keys(cast(DictConfig, OmegaConf.load(choice)), f"{group}.")
+    owners = []
+    for choice in sorted((config_dir() / group).glob("*.yaml")):
+        own = _keys(cast(DictConfig, OmegaConf.load(choice)), f"{group}.")
+        owners += [f"{group}={choice.stem}"] if key in own else []
+        known += own
+    if owners:
+        more = " and others" if len(owners) > 3 else ""
+        return f" with the other choices; it is of {', '.join(owners[:3])}{more}"
     return " with the other choices" if key in known else suggestion(key, known)
 
 
