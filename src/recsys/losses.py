@@ -271,8 +271,12 @@ def sampled_softmax(
     at_P = torch.searchsorted(drawn_K, target_P).clamp(max=len(drawn_K) - 1)
     hit_P = torch.where(drawn_K[at_P] == target_P, at_P, -1)
     half = products == "bf16" or (products == "auto" and _bf16_pays(query_PD))
-    sides = query_PD / temperature, items.of(target_P), items.of(drawn_K)
-    loss = SampledCrossEntropy.apply(*sides, offset_K, hit_P, weight_P, chunk, half)
+    # One look-up, so that a table gets one gradient of its whole size.
+    own_PD, drawn_KD = items.of(torch.cat([target_P, drawn_K])).split([len(target_P), len(drawn_K)])
+    query_PD = query_PD / temperature
+    loss = SampledCrossEntropy.apply(
+        query_PD, own_PD, drawn_KD, offset_K, hit_P, weight_P, chunk, half
+    )
     return cast(Tensor, loss)
 
 

@@ -13,7 +13,7 @@ from recsys.cli import main
 MISTAKES = {
     "train model.dimm=3": "no setting 'model.dimm'; did you mean 'model.dim'?",
     "prepare data=events data.pth=log.csv": "no setting 'data.pth'; did you mean 'data.path'?",
-    "train data.path=log.csv": "no setting 'data.path' with the other choices; it is of data=ali_ccp",
+    "train data.path=log.csv": "'data.path' with the other choices; it is of data=ali_ccp, ",
     "train data=synthetic data.dataset=x": "with the other choices; it is of data=existing; ",
     "train model=trajectry": "did you mean 'trajectory'?; model= can be: ranker, ",
     "train +foo=3": "unknown setting foo",

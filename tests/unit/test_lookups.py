@@ -37,3 +37,10 @@ def test_an_embedding_is_pytorchs(padding: int | None, shape: tuple[int, ...]) -
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
     with torch.no_grad():
         assert not ours(index).requires_grad
+
+
+def test_an_embedding_gives_gradients_by_rows_where_it_is_to() -> None:
+    table = Embedding(5, 3, sparse=True)
+    table(torch.tensor([1, 1, 4])).sum().backward()
+    assert table.weight.grad is not None
+    assert table.weight.grad.is_sparse
