@@ -239,7 +239,11 @@ def filters(server: Running, users: list[str], bundle: Path, given: argparse.Nam
 
 def categories(bundle: Path) -> dict[str, list[str]]:
     """Return category lists that hold about a tenth and a hundredth of the items."""
-    table = pq.ParquetFile(bundle / "items.parquet").read(["category"])["category"].to_pylist()
+    items = pq.ParquetFile(bundle / "items.parquet")
+    if "category" not in items.schema_arrow.names:
+        console.print("filters: not measured, the bundle's items have no category")
+        return {}
+    table = items.read(["category"])["category"].to_pylist()
     names, counts = np.unique(np.array(table, str), return_counts=True)
     chosen = {}
     for share in (0.1, 0.01):
