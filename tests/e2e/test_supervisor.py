@@ -46,7 +46,7 @@ class Running:
     def living(self) -> list[int]:
         """Pids of the supervisor's workers, without zombies."""
         children = psutil.Process(self.process.pid).children()
-        return [child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        return [child.pid for child in children if not ended(child.pid)]
 
 
 def start(workers: int, port: int = 0, **given: Any) -> subprocess.Popen[str]:
@@ -232,7 +232,7 @@ def test_a_worker_that_keeps_dying_is_started_again_with_pauses() -> None:
                 if child.pid not in seen:
                     seen.add(child.pid)
                     deaths += 1
-                    with suppress(ProcessLookupError):
+                    with suppress(psutil.NoSuchProcess):
                         child.kill()
             time.sleep(0.005)
         # Without pauses, a process that dies at once is started again some hundred times.

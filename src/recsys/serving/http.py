@@ -202,6 +202,8 @@ def memory_mib(processes: list[psutil.Process]) -> float:
     for process in processes:
         try:
             total += process.memory_full_info().pss
-        except (psutil.Error, AttributeError):
+        except psutil.NoSuchProcess:
+            continue
+        except (psutil.AccessDenied, AttributeError):
             total += process.memory_info().rss
     return total / 2**20
