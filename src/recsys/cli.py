@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return 0, or 2 with a message where the user gave something wrong."""
     started = time.perf_counter()
     arguments, unknown = parser().parse_known_args(argv)
+    unknown = _behind_options(arguments, unknown)
     if unknown:
         print(f"recsys {arguments.verb}: {_unknown(arguments, unknown[0])}", file=sys.stderr)
         return 2
@@ -57,6 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if outcome is not None:
         report(outcome, time.perf_counter() - started, arguments.json)
     return 0
+
+
+def _behind_options(arguments: Arguments, met: Sequence[str]) -> list[str]:
+    """Take settings that stand behind an option, as in `--json seed=1`; return what is unknown."""
+    if not hasattr(arguments, "words"):
+        return list(met)
+    arguments.words += [word for word in met if not word.startswith("-")]
+    return [word for word in met if word.startswith("-")]
 
 
 def _unknown(arguments: Arguments, met: str) -> str:
@@ -94,7 +103,7 @@ def prepare(arguments: Arguments) -> Outcome:
     """Event log → dataset."""
     from recsys import launch
 
-    dataset = launch.prepare(arguments.overrides, Workspace())
+    dataset = launch.prepare(arguments.words, Workspace())
     facts = {"dataset": str(dataset.path), "fingerprint": dataset.fingerprint}
     counts = {k: dataset.manifest[k] for k in ("num_users", "num_items", "num_events")}
     next_ = f"recsys train data.dataset={dataset.path.name}"
@@ -106,13 +115,13 @@ def train(arguments: Arguments) -> Outcome | None:
     from recsys import launch
 
     if arguments.multirun:
-        launch.sweep(arguments.overrides)
+        launch.sweep(arguments.words)
         return None
     from recsys.training.processes import joined
 
     flags = ["--json"] if arguments.json else []
     with joined():
-        trained = launch.train(arguments.overrides, Workspace(), flags)
+        trained = launch.train(arguments.words, Workspace(), flags)
     return None if trained is None else _trained(trained)
 
 
@@ -157,8 +166,8 @@ def export(arguments: Arguments) -> Outcome:
     if len(names) > 1:
         raise InputError(f"one run at a time; met {' '.join(names)}: recsys export {names[0]}")
     run = Workspace().find("run", names[0] if names else "latest")
-    overrides = [word for word in arguments.words if "=" in word]
-    exported = launch.export(run, overrides, Workspace(), promote=arguments.promote)
+    settings = [word for word in arguments.words if "=" in word]
+    exported = launch.export(run, settings, Workspace(), promote=arguments.promote)
     facts = {"bundle": str(exported.bundle), "model": exported.model}
     registered = f", registered as {exported.model}" if exported.model else ""
     return Outcome(
@@ -170,7 +179,7 @@ def run(arguments: Arguments) -> Outcome:
     """Prepare → train → evaluate → export."""
     from recsys import launch
 
-    done = launch.run(arguments.overrides, Workspace())
+    done = launch.run(arguments.words, Workspace())
     return Outcome(
         f"{len(done.trained)} run(s) and bundle {done.bundle.name}",
         done.bundle,
@@ -278,14 +287,14 @@ def _add_launched(verbs: Any) -> None:
     for name, (function, about) in kinds.items():
         verb = _verb(verbs, name, function, about)
         verb.epilog = "e.g. experiment=beauty data.path=amazon_beauty.txt trainer.max_epochs=5"
-        _add_overrides(verb)
+        _add_settings(verb)
         if name == "train":
             verb.add_argument("-m", "--multirun", action="store_true", help="sweep (Hydra)")
 
 
-def _add_overrides(verb: argparse.ArgumentParser) -> None:
+def _add_settings(verb: argparse.ArgumentParser) -> None:
     about = "settings, group=choice or key=value; see configs/"
-    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=about)
+    verb.add_argument("words", nargs="*", metavar="KEY=VALUE", help=about)
 
 
 def _add_with_run(verbs: Any) -> None:

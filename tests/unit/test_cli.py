@@ -72,7 +72,8 @@ def test_a_contradiction_is_explained(
 def test_prepare_ends_with_the_next_command_and_json(
     workspace: Workspace, ring_csv: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["prepare", "data=events", f"data.path={ring_csv}", "--json"]) == 0
+    # A setting may stand behind an option.
+    assert main(["prepare", "data=events", "--json", f"data.path={ring_csv}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     assert result["num_users"] == 120
@@ -82,6 +83,8 @@ def test_prepare_ends_with_the_next_command_and_json(
 
 
 def test_a_misspelt_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--jsn", "seed=1"]) == 2
+    assert "unknown argument '--jsn'; did you mean '--json'?" in capsys.readouterr().err
     assert main(["serve", "--bundel", "x"]) == 2
     assert capsys.readouterr().err == (
         "recsys serve: unknown argument '--bundel'; did you mean '--bundle'?; "
