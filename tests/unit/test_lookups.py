@@ -10,10 +10,13 @@ from torch.nn import functional as F
 from recsys.models.lookups import Embedding, row_sums
 
 
-@pytest.mark.parametrize("sizes", [(5, 3), (5, 3, 4), (120, 90, 2, 7)], ids=str)
-def test_row_sums_are_sums_of_lookups_with_their_gradients(sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(6, 2), (300, 90)], ids=["few", "many"])
+@pytest.mark.parametrize("sizes", [(5, 3), (5, 3, 4), (120, 90, 2, 7), (40_000, 30)], ids=str)
+def test_row_sums_are_sums_of_lookups_with_their_gradients(
+    sizes: tuple[int, ...], shape: tuple[int, int]
+) -> None:
     tables = [torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in sizes]
-    codes = [torch.randint(n, (6, 2)) for n in sizes]
+    codes = [torch.randint(n, shape) for n in sizes]
     summed = row_sums(tables, codes)
     plain = sum(F.embedding(c, t) for t, c in zip(tables, codes, strict=True))
     assert isinstance(plain, torch.Tensor)
@@ -37,6 +40,23 @@ def test_an_embedding_is_pytorchs(padding: int | None, shape: tuple[int, ...]) -
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
     with torch.no_grad():
         assert not ours(index).requires_grad
+
+
+@pytest.mark.parametrize("rows", [4, 9_000], ids=["few", "many"])
+def test_runs_of_rows_are_as_they_are_or_summed_with_their_gradients(rows: int) -> None:
+    table = Embedding(50, 3, padding_idx=0)
+    index = torch.randint(50, (rows, 2, 6))
+    index[:, :, 3:] *= torch.randint(2, (rows, 2, 3))
+    runs = [(2, False), (3, True), (1, False)]
+    vectors = F.embedding(index, table.weight, padding_idx=0)
+    parts = vectors[..., :2, :].flatten(-2), vectors[..., 2:5, :].sum(-2), vectors[..., 5, :]
+    plain, ours = torch.cat(parts, dim=-1), table.summed(index, runs)
+    torch.testing.assert_close(ours, plain)
+    pull = torch.randn_like(ours)
+    gradients = [torch.autograd.grad(answer, table.weight, pull)[0] for answer in (ours, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(table.summed(index, runs), plain)
 
 
 def test_an_embedding_gives_gradients_by_rows_where_it_is_to() -> None:

@@ -348,11 +348,13 @@ class DistinctItems:
     def __init__(self, codes_NW: NDArray[np.integer]) -> None:
         odd_W = np.random.default_rng(0).integers(1 << 62, size=codes_NW.shape[1]) * 2 + 1
         hash_N = codes_NW @ odd_W
-        _, self.first_K, self.kind_N = np.unique(hash_N, return_index=True, return_inverse=True)
-        self.codes_NW, self.places_K = codes_NW, np.empty(len(self.first_K), np.int64)
+        _, self.first_K, kind_N = np.unique(hash_N, return_index=True, return_inverse=True)
+        # Half of the bytes of int64, which is what takes the time.
+        self.kind_N = kind_N.astype(np.int32)
+        self.codes_NW, self.places_K = codes_NW, np.empty(len(self.first_K), np.int32)
 
     def __call__(self, items_BL: Ints) -> Arrays:
-        """Return `path_codes` int64 [U, W] of U kinds of item, and `path_places` [B, L] in them.
+        """Return `path_codes` int64 [U, W] of U kinds of item, `path_places` int32 [B, L] in them.
 
         >>> distinct = DistinctItems(np.array([[0], [5], [6], [5]]))
         >>> found = distinct(np.array([[2, 0, 1], [2, 3, 2]]))
@@ -361,9 +363,10 @@ class DistinctItems:
         """
         kinds_BL = self.kind_N[items_BL]
         flat_P, places_K = kinds_BL.ravel(), self.places_K
-        places_K[flat_P] = np.arange(len(flat_P))  # of each kind one place stays
-        kinds_U = flat_P[places_K[flat_P] == np.arange(len(flat_P))]
-        places_K[kinds_U] = np.arange(len(kinds_U))
+        at_P = np.arange(len(flat_P), dtype=np.int32)
+        places_K[flat_P] = at_P  # of each kind one place stays
+        kinds_U = flat_P[places_K[flat_P] == at_P]
+        places_K[kinds_U] = at_P[: len(kinds_U)]
         codes_UW = self.codes_NW[self.first_K[kinds_U]].astype(np.int64)
         return {"path_codes": codes_UW, "path_places": places_K[kinds_BL]}
 
@@ -389,6 +392,8 @@ class ShownBatches(Batches):
     ) -> None:
         self.shown, self.inputs, self.hidden = shown, inputs, hidden
         self.training = shown.requests("train")
+        offsets = shown.examples.offsets
+        self.shows = (offsets[1:] - offsets[:-1])[self.training]
         path = "path_codes" in inputs
         self.distinct = DistinctItems(shown.tables.items.codes) if path else None
         super().__init__(dataset, size, seed)
@@ -400,8 +405,7 @@ class ShownBatches(Batches):
 
     def cost(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many items each request shows."""
-        requests, offsets = self.training[rows], self.shown.examples.offsets
-        return offsets[requests + 1] - offsets[requests]
+        return self.shows[rows]
 
     def draws(self, rows: NDArray[np.int64]) -> int:
         """A number each request and shown item, by which its context, or what it is, is hidden."""

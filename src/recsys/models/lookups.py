@@ -1,6 +1,7 @@
 """Rows of tables by their indices, whose gradients a CPU adds up in half of PyTorch's time or less.
 
-Shapes: R rows of a table, A their width, E look-ups, K rows that each of them sums.
+Shapes: R rows of a table, A their width, E look-ups, K rows that each of them reads, G the width of
+what it answers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+MANY = 50_000
+"""Rows from which on gradients are added up in order."""
+Runs = Sequence[tuple[int, bool]]
+"""How many neighbouring rows, and whether they are summed."""
+ALONE: Runs = ((1, False),)
 
 
 class Embedding(nn.Embedding):
@@ -25,11 +32,31 @@ class Embedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return rows [..., A] at the indices [...]."""
-        ours = self.weight.device.type == "cpu" and not self.sparse and torch.is_grad_enabled()
-        if not ours or torch.compiler.is_compiling():
+        if not self._ours():
             return super().forward(input)
-        found: Tensor = _Rows.apply(self.weight, input.flatten()[:, None], self.padding_idx)
+        found: Tensor = _Rows.apply(self.weight, input.reshape(-1, 1), ALONE, self.padding_idx)
         return found.unflatten(0, input.shape)
+
+    def summed(self, rows: Tensor, runs: Runs) -> Tensor:
+        """Return the rows [..., K] of runs side by side, those of a run that sums added up.
+
+        >>> table = Embedding.from_pretrained(torch.tensor([[1.0], [10.0], [100.0]]))
+        >>> table.summed(torch.tensor([[0, 1, 1, 2]]), [(2, False), (2, True)]).tolist()
+        [[1.0, 10.0, 110.0]]
+        """
+        if self._ours():
+            found: Tensor = _Rows.apply(self.weight, rows.flatten(0, -2), runs, self.padding_idx)
+            return found.unflatten(0, rows.shape[:-1])
+        parts = super().forward(rows).split([width for width, _ in runs], dim=-2)
+        summed = [
+            part.sum(-2) if sums else part.flatten(-2)
+            for part, (_, sums) in zip(parts, runs, strict=True)
+        ]
+        return torch.cat(summed, dim=-1)
+
+    def _ours(self) -> bool:
+        ours = self.weight.device.type == "cpu" and not self.sparse and torch.is_grad_enabled()
+        return ours and not torch.compiler.is_compiling()
 
 
 def row_sums(tables: Sequence[Tensor], codes: Sequence[Tensor]) -> Tensor:
@@ -41,7 +68,8 @@ def row_sums(tables: Sequence[Tensor], codes: Sequence[Tensor]) -> Tensor:
     tables, codes = _joined(tables, codes)
     first = [0, *accumulate(map(len, tables))]
     rows_BLK = torch.stack([code + row for code, row in zip(codes, first, strict=False)], dim=-1)
-    summed: Tensor = _Rows.apply(torch.cat(list(tables)), rows_BLK.flatten(0, 1), None)
+    together = [(len(tables), True)]
+    summed: Tensor = _Rows.apply(torch.cat(list(tables)), rows_BLK.flatten(0, 1), together, None)
     return summed.unflatten(0, codes[0].shape)
 
 
@@ -62,19 +90,47 @@ def _joined(
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table_RA: Tensor, rows_EK: Tensor, padding: int | None) -> Tensor:
+    def forward(
+        ctx: Any, table_RA: Tensor, rows_EK: Tensor, runs: Runs, padding: int | None
+    ) -> Tensor:
         ctx.save_for_backward(rows_EK)
-        ctx.count, ctx.padding = len(table_RA), padding
-        if rows_EK.shape[1] == 1:
-            return F.embedding(rows_EK[:, 0], table_RA)
-        return F.embedding_bag(rows_EK, table_RA, mode="sum")
+        ctx.count, ctx.runs, ctx.padding = len(table_RA), runs, padding
+        parts = rows_EK.split([width for width, _ in runs], dim=1)
+        found = [
+            F.embedding_bag(part, table_RA, mode="sum") if sums else F.embedding(part, table_RA)
+            for part, (_, sums) in zip(parts, runs, strict=True)
+        ]
+        return (
+            found[0].flatten(1)
+            if len(found) == 1
+            else torch.cat([part.flatten(1) for part in found], dim=1)
+        )
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (rows_EK,), (grad_EA,) = ctx.saved_tensors, grads
-        grad_RA = grad_EA.new_zeros(ctx.count, grad_EA.shape[1])
-        for rows_E in rows_EK.unbind(1):
-            grad_RA.index_add_(0, rows_E, grad_EA)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (rows_EK,), (grad_EG,) = ctx.saved_tensors, grads
+        width = grad_EG.shape[1] // sum(1 if sums else count for count, sums in ctx.runs)
+        grad_RA = grad_EG.new_zeros(ctx.count, width)
+        rows = rows_EK.split([count for count, _ in ctx.runs], dim=1)
+        parts = grad_EG.split([width * (1 if sums else n) for n, sums in ctx.runs], dim=1)
+        for rows_Ek, part, (_, sums) in zip(rows, parts, ctx.runs, strict=True):
+            _add(grad_RA, rows_Ek if sums else rows_Ek.reshape(-1, 1), part.reshape(-1, width))
         if ctx.padding is not None:
             grad_RA[ctx.padding] = 0
-        return grad_RA, None, None
+        return grad_RA, None, None, None
+
+
+def _add(grad_RA: Tensor, rows_EK: Tensor, grad_EA: Tensor) -> None:
+    """Add the gradient of each look-up to the rows that it read.
+
+    Many rows are sorted first: that takes less than to find each in memory. PyTorch sorts 16 bits
+    several times faster than more.
+    """
+    if rows_EK.numel() < MANY or len(grad_RA) > torch.iinfo(torch.int16).max:
+        for rows_E in rows_EK.unbind(1):
+            grad_RA.index_add_(0, rows_E, grad_EA)
+        return
+    sorted_, order = rows_EK.t().short().flatten().sort(stable=True)
+    count_R = torch.bincount(sorted_, minlength=len(grad_RA))
+    starts_R = count_R.cumsum(0) - count_R
+    grad_RA += F.embedding_bag(order % len(grad_EA), grad_EA, starts_R, mode="sum")
