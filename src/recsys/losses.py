@@ -27,6 +27,8 @@ ALIGNED = 32
 """Numbers that a row of logits is a multiple of."""
 TILE = 1 << 26
 """Most logits that a full softmax holds at a time on a CPU; a quarter of a gigabyte in fp32."""
+SAMPLED_TILE = 3 << 19
+"""Most of a sampled one: as many as stay in cache, and few steps where there are few negatives."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,7 @@ def sampled_softmax(
     by: Drawn = "uniform",
     logq: bool = True,
     temperature: float = 1.0,
-    chunk: int = 256,
+    chunk: int = 1024,
     products: Products = "auto",
     weight_P: Tensor | None = None,
 ) -> Tensor:
@@ -311,6 +313,7 @@ class SampledCrossEntropy(torch.autograd.Function):
         query_PHD = query_PD if query_PD.ndim == 3 else query_PD[:, None]
         query_grad_PHD = torch.empty_like(query_PHD, dtype=kept)
         own_grad_PD, drawn_grad_WD = (torch.zeros_like(x, dtype=kept) for x in (own_PD, drawn_WD))
+        chunk = chunk if query_PD.is_cuda else min(chunk, max(16, SAMPLED_TILE // len(drawn_WD)))
         total = query_PD.new_zeros((), dtype=torch.float32)
         for at in range(0, len(query_PD), chunk):
             some = slice(at, at + chunk)
