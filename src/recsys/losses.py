@@ -134,7 +134,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.bfloat16 if half else query_PD.dtype
         query_PD, vectors_ND = query_PD.to(dtype).contiguous(), vectors_ND.to(dtype).contiguous()
         grad_dtype = torch.float32 if half else dtype
-        chunk = chunk if query_PD.is_cuda else min(chunk, max(16, TILE // len(vectors_ND)))
+        chunk = _at_once(chunk, query_PD, TILE // len(vectors_ND))
         query_PHD = query_PD if query_PD.ndim == 3 else query_PD[:, None]
         query_grad_PHD = torch.empty_like(query_PHD, dtype=grad_dtype)
         vectors_grad_ND = torch.zeros_like(vectors_ND, dtype=grad_dtype)
@@ -176,6 +176,11 @@ def score(query: Tensor, vectors_PD: Tensor) -> Tensor:
     if query.ndim == 2:
         return (query * vectors_PD).sum(-1, keepdim=True)
     return (query * vectors_PD[:, None]).sum(-1).amax(1, keepdim=True)
+
+
+def _at_once(chunk: int, query_PD: Tensor, fit: int) -> int:
+    """Return how many positions to take at a time: on a CPU no more than fit, but for a few."""
+    return chunk if query_PD.is_cuda else min(chunk, max(16, fit))
 
 
 def _softmax_error(
@@ -313,7 +318,7 @@ class SampledCrossEntropy(torch.autograd.Function):
         query_PHD = query_PD if query_PD.ndim == 3 else query_PD[:, None]
         query_grad_PHD = torch.empty_like(query_PHD, dtype=kept)
         own_grad_PD, drawn_grad_WD = (torch.zeros_like(x, dtype=kept) for x in (own_PD, drawn_WD))
-        chunk = chunk if query_PD.is_cuda else min(chunk, max(16, SAMPLED_TILE // len(drawn_WD)))
+        chunk = _at_once(chunk, query_PD, SAMPLED_TILE // len(drawn_WD))
         total = query_PD.new_zeros((), dtype=torch.float32)
         for at in range(0, len(query_PD), chunk):
             some = slice(at, at + chunk)

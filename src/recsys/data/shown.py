@@ -392,8 +392,7 @@ class ShownBatches(Batches):
     ) -> None:
         self.shown, self.inputs, self.hidden = shown, inputs, hidden
         self.training = shown.requests("train")
-        offsets = shown.examples.offsets
-        self.shows = (offsets[1:] - offsets[:-1])[self.training]
+        self.shows = np.diff(shown.examples.offsets)[self.training]
         path = "path_codes" in inputs
         self.distinct = DistinctItems(shown.tables.items.codes) if path else None
         super().__init__(dataset, size, seed)

@@ -97,22 +97,21 @@ class _Rows(torch.autograd.Function):
         ctx.count, ctx.runs, ctx.padding = len(table_RA), runs, padding
         parts = rows_EK.split([width for width, _ in runs], dim=1)
         found = [
-            F.embedding_bag(part, table_RA, mode="sum") if sums else F.embedding(part, table_RA)
+            F.embedding_bag(part, table_RA, mode="sum")
+            if sums
+            else F.embedding(part, table_RA).flatten(1)
             for part, (_, sums) in zip(parts, runs, strict=True)
         ]
-        return (
-            found[0].flatten(1)
-            if len(found) == 1
-            else torch.cat([part.flatten(1) for part in found], dim=1)
-        )
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (rows_EK,), (grad_EG,) = ctx.saved_tensors, grads
-        width = grad_EG.shape[1] // sum(1 if sums else count for count, sums in ctx.runs)
+        answered = [1 if sums else count for count, sums in ctx.runs]
+        width = grad_EG.shape[1] // sum(answered)
         grad_RA = grad_EG.new_zeros(ctx.count, width)
         rows = rows_EK.split([count for count, _ in ctx.runs], dim=1)
-        parts = grad_EG.split([width * (1 if sums else n) for n, sums in ctx.runs], dim=1)
+        parts = grad_EG.split([width * count for count in answered], dim=1)
         for rows_Ek, part, (_, sums) in zip(rows, parts, ctx.runs, strict=True):
             _add(grad_RA, rows_Ek if sums else rows_Ek.reshape(-1, 1), part.reshape(-1, width))
         if ctx.padding is not None:

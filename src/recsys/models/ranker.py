@@ -188,11 +188,11 @@ class Codes(nn.Module):
 
     def forward(self, name: str, codes: Tensor) -> Tensor:
         """Return the fields' vectors side by side, [..., F * D], of codes [..., W]."""
-        rows, fields = codes + self.get_buffer(f"{name}_first"), self.fields[name]
-        if all(field.width == 1 for field in fields):
+        rows, runs = codes + self.get_buffer(f"{name}_first"), self.runs[name]
+        if not any(several for _, several in runs):
             return cast(Tensor, self.table(rows).flatten(-2))
         rows = torch.where((codes > 0) | self.get_buffer(f"{name}_single"), rows, 0)
-        summed = self.table.summed(rows, self.runs[name]).unflatten(-1, (len(fields), -1))
+        summed = self.table.summed(rows, runs).unflatten(-1, (len(self.fields[name]), -1))
         there = (rows > 0).to(summed.dtype)
         count_F = (there @ self.get_buffer(f"{name}_member")).clamp(min=1.0)
         return (summed / count_F[..., None]).flatten(-2)
