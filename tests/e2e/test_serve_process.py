@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import msgspec
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from recsys.artifacts import Workspace
@@ -136,3 +137,25 @@ def test_a_request_in_flight_is_answered_before_it_stops(workspace: Workspace) -
         response = httpx.post(f"{server.url}/v1/recommend", content=body())
         assert (response.status_code, response.json()["source"]) == (200, "model")
         assert server.process.wait(20) == 0
+
+
+def test_what_it_answered_and_took_is_in_its_log_when_it_has_stopped(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    given = ("--workers", "2", "--state", str(tmp_path), "--grace-seconds", "0")
+    with running(workspace, *given) as server:
+        event = {"user_id": "u1", "item_id": "i1", "event_id": "last"}
+        httpx.post(f"{server.url}/v1/events", json=event).raise_for_status()
+        answers = [  # over connections of their own, which the workers share
+            httpx.post(f"{server.url}/v1/recommend", json={"user_id": f"u{n}"}).json()
+            for n in range(20)
+        ]
+        server.process.terminate()
+        assert server.process.wait(20) == 0
+    log = tmp_path / "log"
+    kept = {kind: pq.ParquetDataset(log / kind).read() for kind in ("answers", "events")}
+    assert sorted(kept["answers"]["answer_id"].to_pylist()) == sorted(
+        answer["answer_id"] for answer in answers
+    )
+    assert kept["events"]["event_id"].to_pylist() == ["last"]
+    assert not [*(log / "journal").iterdir()]

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -411,6 +412,20 @@ def test_stopping_brings_out_what_is_there(tmp_path: Path) -> None:
     journal(tmp_path, [answer(1)])
     work.stop()
     assert (ids(tmp_path, "events"), ids(tmp_path, "answers")) == (["e1"], ["a1"])
+
+
+def test_one_that_stops_waits_for_another_that_is_about_to(tmp_path: Path) -> None:
+    work = shipper(tmp_path)
+    journal(tmp_path, [answer(1)])
+    with parts.locked(tmp_path / "shipper.lock"):
+        work.start()
+        stopping = threading.Thread(target=work.stop)
+        stopping.start()
+        stopping.join(0.3)
+        assert stopping.is_alive()
+        assert ids(tmp_path, "answers") == []
+    stopping.join()
+    assert ids(tmp_path, "answers") == ["a1"]
 
 
 def until(true: Callable[[], bool], seconds: float = 10) -> None:

@@ -39,6 +39,8 @@ RETRY_SECONDS = 1.0
 """How long a journal that could not be written is left alone."""
 TAKEOVER_SECONDS = 5.0
 """How often a shipper looks whether the one that works is gone."""
+LAST_SECONDS = 2.0
+"""How long one that ends waits for another that works, and may be about to end as well."""
 SLICE = 64
 PAUSE = 0.001
 """After so many records a short sleep, so that the answering threads need not wait for this one."""
@@ -341,24 +343,28 @@ class Shipper:
         while not self._stop.is_set():
             self._try(self._lead)
             self._stop.wait(min(self.rotate_seconds, TAKEOVER_SECONDS))
-        self._try(self._lead)
+        # Another that ends now may have looked for journals before this worker's was closed.
+        until = time.monotonic() + LAST_SECONDS
+        while not self._try(self._lead) and time.monotonic() < until:
+            time.sleep(LAST_SECONDS / 20)
 
-    def _lead(self) -> None:
-        """Work round after round until told to end, unless another does."""
+    def _lead(self) -> bool:
+        """Work round after round until told to end; return False at once where another does."""
         with parts.locked(self.log_dir / "shipper.lock", wait=False) as leads:
             while leads:
                 self.round()
                 if self._stop.wait(self.rotate_seconds):
-                    return
+                    break
+        return leads
 
     def _try(self, step: Callable[[], object]) -> bool:
+        """Return whether a step neither failed nor answered False."""
         try:
-            step()
+            return step() is not False
         except Exception as error:  # a full disk, a state or a broker that is away: try again
             self.failures += 1
             self._complaint(error, step=step.__name__)
             return False
-        return True
 
     def _erased(self) -> dict[bytes, int]:
         return dict(self.state.erased()) if self.state else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import sys
 import threading
@@ -28,7 +29,7 @@ from recsys.serving.protocol import Patience, allow_open_files, patient
 from recsys.serving.service import Service
 from recsys.serving.settings import ServeSettings
 from recsys.serving.state import StateUnavailable, UserState, now_ms, open_state
-from recsys.serving.supervisor import Facts, Seat, work
+from recsys.serving.supervisor import STOPPING, Facts, Seat, work
 from recsys.serving.tracing import spans
 
 DAY = 86_400_000
@@ -48,7 +49,12 @@ def serve(seat: Seat) -> None:
     listener = socket.socket(fileno=seat.listener)
     workspace = Workspace(given["workspace"])
     with running(settings, workspace, seat.number, seat.workers) as service:
-        Server(service, settings, seat).run(sockets=[listener])
+        server = Server(service, settings, seat)
+        # uvicorn raises the signal that stopped it once more: it must not end this process before
+        # the parts are closed.
+        for number in STOPPING:
+            signal.signal(number, server.handle_exit)
+        server.run(sockets=[listener])
 
 
 @contextmanager
