@@ -16,13 +16,15 @@ from mlflow.entities import Run
 
 from recsys.artifacts import Workspace
 from recsys.cli import main
+from recsys.optimizers import Cosine
 from recsys.training.checkpoints import WholeCheckpoints
 from recsys.training.runs import LAST
 
-EPOCHS, STEPS = 4, 40
+EPOCHS, STEPS, LEARNING_RATE = 4, 40, 0.002
 TRAIN = (
     f"train trainer=cpu model.dim=16 batches.size=3 trainer.max_epochs={EPOCHS} patience=null "
-    "model.dropout=0.3 schedule=cosine trainer.log_every_n_steps=1 checkpoint_every.steps=7"
+    f"model.dropout=0.3 schedule=cosine optimizer.lr={LEARNING_RATE} "
+    "trainer.log_every_n_steps=1 checkpoint_every.steps=7"
 ).split()
 
 
@@ -92,10 +94,14 @@ def test_killed_and_resumed_equals_uninterrupted(
     runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
     assert sorted(runs) == ["killed", "whole"]
     assert runs["killed"].info.status == "FINISHED"
-    for metric, count in {"train/step_loss": EPOCHS * STEPS, "train/loss": EPOCHS}.items():
+    logged = {"train/step_loss": EPOCHS * STEPS, "train/rate": EPOCHS * STEPS, "train/loss": EPOCHS}
+    for metric, count in logged.items():
         expected, met = (history(client, runs[name], metric) for name in ("whole", "killed"))
         assert len(expected) == count
         assert met == pytest.approx(expected, abs=1e-6)
+    rates = history(client, runs["killed"], "train/rate")
+    meant = [LEARNING_RATE * Cosine().share(step, EPOCHS * STEPS) for step in rates]
+    assert [*rates.values()] == pytest.approx(meant)
 
     assert main(["train", "resume=killed"]) == 2
     assert "is finished" in capsys.readouterr().err

@@ -85,6 +85,8 @@ class SeededModule(pl.LightningModule):
         """Log and show where it is due only: Lightning takes a millisecond for each value."""
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/step_loss", peers.average(loss.detach()))
+            if self.schedule is not None:
+                self.log("train/rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         if step % BAR_STEPS == 0 and self.trainer.progress_bar_callback:
             self.log("positions/s", self.rate, prog_bar=True, logger=False)
 
