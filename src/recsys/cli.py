@@ -342,6 +342,10 @@ def _add_serving(verbs: Any) -> None:
     verb.add_argument("--context", nargs="+", metavar="NAME=VALUE", help=about)
     about = "the moment to answer for, ISO 8601 or seconds since 1970; left out: this one"
     verb.add_argument("--now", metavar="TIME", help=about)
+    about = (
+        "and what of the path each item's score is owed to: by item (the default) or by category"
+    )
+    verb.add_argument("--why", nargs="?", const="item", choices=("item", "category"), help=about)
     for flag in ("--exclude-items", "--allow-categories", "--deny-categories"):
         verb.add_argument(flag, nargs="+", metavar="NAME")
     verb.add_argument("--all-users", action="store_true", help="everyone's, as Parquet; then also:")

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import Generic, NamedTuple, TypedDict, TypeVar, Unpack, cast
+from typing import Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, cast
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -31,6 +31,7 @@ import msgspec
 
 from recsys import __version__
 from recsys.schema import InputError
+from recsys.serving.explain_messages import ExplainAnswer, ExplainRequest
 from recsys.serving.item_messages import ItemAdded, ItemRemoved, ItemsAnswer, NewItem
 from recsys.serving.messages import (
     Answer,
@@ -59,6 +60,7 @@ __all__ = [
     "Boosts",
     "Client",
     "Event",
+    "ExplainAnswer",
     "HistoryEvent",
     "RankAnswer",
     "RankRequest",
@@ -129,6 +131,18 @@ class Ranking(TypedDict, total=False):
     k: int | None
     now: int | float | str | None
     deadline_ms: float | None
+
+
+class Explaining(TypedDict, total=False):
+    """The arguments of `explain` beside its items: the other fields of `ExplainRequest`."""
+
+    user_id: str | None
+    history: Sequence[str | HistoryEvent] | None
+    context: Mapping[str, Value]
+    weights: Weights
+    now: int | float | str | None
+    by: Literal["item", "category"]
+    reasons: int
 
 
 class About(TypedDict, total=False):
@@ -284,8 +298,14 @@ def recommending_batch(requests: Sequence[RecommendRequest]) -> Call[AnswerBatch
 
 def ranking(items: Sequence[str], asked: Ranking) -> Call[RankAnswer]:
     """Return the call that has items ranked; a misspelt argument is a TypeError."""
-    request = RankRequest(list(items), **cast("dict[str, object]", asked))  # type: ignore[arg-type]
+    request = RankRequest(items=list(items), **cast("dict[str, object]", asked))  # type: ignore[arg-type]
     return Call("POST", "/v1/rank", RankAnswer, msgspec.json.encode(request))
+
+
+def explaining(items: Sequence[str], asked: Explaining) -> Call[ExplainAnswer]:
+    """Return the call that asks why; a misspelt argument is a TypeError."""
+    request = ExplainRequest(items=list(items), **cast("dict[str, object]", asked))  # type: ignore[arg-type]
+    return Call("POST", "/v1/explain", ExplainAnswer, msgspec.json.encode(request))
 
 
 def posting(events: Sequence[Event]) -> Call[EventsAnswer]:
@@ -420,6 +440,10 @@ class Client(_Asking):
         """Return items of your own, best first for a `user_id` or a `history`."""
         return self._make(ranking(items, asked))
 
+    def explain(self, items: Sequence[str], **asked: Unpack[Explaining]) -> ExplainAnswer:
+        """Return why items score as they do for a `user_id` or a `history`."""
+        return self._make(explaining(items, asked))
+
     def post_events(self, events: Sequence[Event]) -> EventsAnswer:
         """Report what people did; once it returns, accepted events are durable.
 
@@ -521,6 +545,10 @@ class AsyncClient(_Asking):
     async def rank(self, items: Sequence[str], **asked: Unpack[Ranking]) -> RankAnswer:
         """Return items of your own, best first for a `user_id` or a `history`."""
         return await self._make(ranking(items, asked))
+
+    async def explain(self, items: Sequence[str], **asked: Unpack[Explaining]) -> ExplainAnswer:
+        """Return why items score as they do for a `user_id` or a `history`."""
+        return await self._make(explaining(items, asked))
 
     async def post_events(self, events: Sequence[Event]) -> EventsAnswer:
         """Report what people did; once it returns, accepted events are durable.

@@ -22,6 +22,7 @@ from recsys.client import (
     Call,
     Client,
     Event,
+    Explaining,
     Ranking,
     RankRequest,
     RecommendRequest,
@@ -33,6 +34,7 @@ from recsys.client import (
     waiting,
 )
 from recsys.schema import InputError
+from recsys.serving.explain_messages import ExplainRequest
 from recsys.serving.messages import ItemAnswer
 from tiny_bundles import ODD_IDS
 
@@ -300,6 +302,16 @@ def test_rank(ask: Ask, server: Server) -> None:
     assert (server.seen[0].path, json.loads(server.seen[0].body)) == ("/v1/rank", body)
 
 
+def test_explain(ask: Ask, server: Server) -> None:
+    reason = {"name": "i7", "events": 2, "event_types": ["view", "cart"], "effect": 0.5}
+    items = [{"item_id": "i1", "score": 0.75, "reasons": [reason], "context": {"device": -0.25}}]
+    server.answers((200, {"items": items, "source": "model", "bundle": "b", "timings_ms": {}}))
+    answer = ask("explain", ["i1"], asked={"user_id": "u1", "by": "item", "reasons": 1})
+    assert (answer.items[0].reasons[0].effect, answer.items[0].context) == (0.5, {"device": -0.25})
+    body = {"items": ["i1"], "user_id": "u1", "reasons": 1}
+    assert (server.seen[0].path, json.loads(server.seen[0].body)) == ("/v1/explain", body)
+
+
 def test_items_are_added_removed_and_listed(ask: Ask, server: Server) -> None:
     server.answers(
         (200, {"item_id": "a/b", "by": "like", "number": 3, "bundle": "b"}),
@@ -327,7 +339,8 @@ def test_misspelt_argument(ask: Ask) -> None:
 
 def test_arguments_are_the_fields_of_a_request() -> None:
     assert tuple(Asked.__annotations__) == RecommendRequest.__struct_fields__
-    assert tuple(Ranking.__annotations__) == RankRequest.__struct_fields__[1:]
+    for arguments, request in ((Ranking, RankRequest), (Explaining, ExplainRequest)):
+        assert {"items", *arguments.__annotations__} == {*request.__struct_fields__}
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://shop", "http://", "http://[::1", ""])

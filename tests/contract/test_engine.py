@@ -18,9 +18,11 @@ from recsys.artifacts import Workspace
 from recsys.cli import main
 from recsys.history import OWN_RECENCY
 from recsys.schema import InputError
-from recsys.serving.engine import Engine, UnknownItem
+from recsys.serving.candidates import Reading
+from recsys.serving.engine import Engine
 from recsys.serving.messages import Answer, Boosts, HistoryEvent, RecommendRequest, Weights
 from recsys.serving.paths import event_times
+from recsys.serving.reading import UnknownItem
 from recsys.serving.state import UserPath
 from tiny_bundles import DAY, MAX_LENGTH, ODD_IDS, START, item_ids, write_tiny_bundle
 
@@ -65,6 +67,10 @@ def live(*events: tuple[str, int], erased_before: int = 0) -> UserPath:
     """Return a path of views at days after START."""
     items, days = [item for item, _ in events], [START + day * DAY for _, day in events]
     return UserPath(items, [1] * len(items), days, [None] * len(items), erased_before)
+
+
+def read(engine: Engine, request: RecommendRequest, path: UserPath | None = None) -> Reading:
+    return engine.reader.read(request, path, engine.base)
 
 
 def ids(answer: Answer) -> list[str]:
@@ -170,7 +176,7 @@ def test_recency_reaches_the_encoder_for_each_request_of_a_batch(blended: Engine
     one, *others = (dict(scored(blended, weights=Weights(share))) for share in (None, 0, 0.5, 1))
     assert all(one != pytest.approx(other, abs=1e-3) for other in others)
     assert scored(blended) == scored(blended, weights=Weights())
-    readings = [blended._read(RecommendRequest(weights=w)).recency for w in shares[:3]]
+    readings = [read(blended, RecommendRequest(weights=w)).recency for w in shares[:3]]
     assert readings == [OWN_RECENCY, 0, 0.5]
 
 
@@ -274,8 +280,8 @@ class Told:
     """What an engine's encoder was given last."""
 
     def __init__(self, engine: Engine) -> None:
-        self.run_graph, self.arrays = engine.session.run, {}
-        engine.session = self  # type: ignore[assignment]
+        self.run_graph, self.arrays = engine.retrieval.session.run, {}
+        engine.retrieval.session = self  # type: ignore[assignment]
 
     def run(self, names: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
         self.arrays = {name: array.tolist() for name, array in feed.items()}
@@ -305,8 +311,10 @@ def test_the_live_path_is_joined_to_the_stored_one_by_time(engine: Engine) -> No
     assert (newer.history_used, aisles(newer), newer.ignored) == (4, {"shoes"}, None)
     between = ask_live(engine, live(("i9", 1)), user_id="u0")
     assert (between.history_used, aisles(between)) == (4, aisles(ask(engine, user_id="u0")))
-    joined = engine._read(
-        RecommendRequest(user_id="u0"), live(("i9", 0), (ODD_IDS[1], 1), ("i10", 1), ("i11", 7))
+    joined = read(
+        engine,
+        RecommendRequest(user_id="u0"),
+        live(("i9", 0), (ODD_IDS[1], 1), ("i10", 1), ("i11", 7)),
     )
     assert joined.path.items.tolist() == [1, 9, 2, 10, 3, 11]
 
@@ -314,10 +322,10 @@ def test_the_live_path_is_joined_to_the_stored_one_by_time(engine: Engine) -> No
 def test_an_event_that_the_bundle_was_trained_on_meanwhile_counts_once(engine: Engine) -> None:
     first, second, third = ODD_IDS[:3]
     path = live((first, 0), (second, 1), (third, 2), (third, 3))
-    reading = engine._read(RecommendRequest(user_id="u0"), path)
+    reading = read(engine, RecommendRequest(user_id="u0"), path)
     assert reading.path.items.tolist() == [1, 2, 3, 3]
     other_type = path._replace(types=[1, 1, 4, 1])
-    reading = engine._read(RecommendRequest(user_id="u0"), other_type)
+    reading = read(engine, RecommendRequest(user_id="u0"), other_type)
     assert list(zip(reading.path.items.tolist(), reading.path.types.tolist(), strict=True)) == (
         [(1, 1), (2, 1), (3, 1), (3, 4), (3, 1)]
     )
@@ -326,7 +334,7 @@ def test_an_event_that_the_bundle_was_trained_on_meanwhile_counts_once(engine: E
 def test_what_was_posted_comes_after_what_is_stored_where_times_are_places(
     placed: Engine,
 ) -> None:
-    reading = placed._read(RecommendRequest(user_id="u0"), live(("i9", 3), ("i10", 4)))
+    reading = read(placed, RecommendRequest(user_id="u0"), live(("i9", 3), ("i10", 4)))
     assert reading.path.items.tolist() == [1, 2, 3, 9, 10]
     assert (reading.path.times.tolist(), reading.now) == ([0, 1, 2, 3, 4], 5)
 
@@ -360,20 +368,20 @@ def test_an_erased_user_is_nobody_to_the_bundle(reading: Engine, placed: Engine)
     own = RecommendRequest(user_id="u0", history=["i10"])
     reading.recommend([own], [erased])
     assert (told.arrays["items"], told.arrays["users"]) == ([[10]], [0])
-    reading.session = told.run_graph.__self__
+    reading.retrieval.session = told.run_graph.__self__
     nothing = live(erased_before=START + 3 * DAY)
     assert ask_live(reading, nothing, user_id="u0").source == "popular"
-    counts = [reading.stored_events("u0", START + day * DAY) for day in (-1, 0, 1, 2)]
+    counts = [reading.reader.stored_events("u0", START + day * DAY) for day in (-1, 0, 1, 2)]
     assert counts == [3, 2, 1, 0]
-    assert (reading.stored_events("u0"), reading.stored_events("nobody")) == (3, 0)
-    assert placed._read(RecommendRequest(user_id="u0"), live(erased_before=1)).out.size == 0
+    assert (reading.reader.stored_events("u0"), reading.reader.stored_events("nobody")) == (3, 0)
+    assert read(placed, RecommendRequest(user_id="u0"), live(erased_before=1)).out.size == 0
 
 
 def test_a_request_from_before_the_newest_event_is_answered(reading: Engine) -> None:
     told = Told(reading)
     answer = ask_live(reading, live(("i9", 9)), user_id="u0", now=START)
     assert (answer.source, told.arrays["request_gap"]) == ("model", [1])
-    reading.session = told.run_graph.__self__
+    reading.retrieval.session = told.run_graph.__self__
 
 
 def test_answers_carry_their_ids_and_their_arm(engine: Engine) -> None:
@@ -387,7 +395,7 @@ def test_answers_carry_their_ids_and_their_arm(engine: Engine) -> None:
 
 
 def test_popular_items_need_no_graph(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "session", None)
+    monkeypatch.setattr(engine.retrieval, "session", None)
     request = RecommendRequest(user_id="u0", k=5, deny_categories=["shoes"], max_per_category=2)
     answer = engine.popular(request, live((ODD_IDS[5], 4)))
     assert (answer.source, answer.history_used) == ("popular", 0)
@@ -535,10 +543,10 @@ def test_a_ranker_reads_vectors_and_queries(tmp_path: Path) -> None:
         helper.make_node("Mul", ["best", "two"], ["scores"]),
         inputs={"queries": ["batch", "h", "d"], "candidate_vectors": ["batch", "count", "d"]},
     )
-    ranked = Engine.load(write_tiny_bundle(tmp_path / "twice", ranker=graph))
-    one, two = (ask(e, user_id="u3", k=9) for e in (ranked, ranked))
-    ranked.ranker = None
-    plain = ask(ranked, user_id="u3", k=9)
+    path = write_tiny_bundle(tmp_path / "twice", ranker=graph)
+    ranked, unranked = Engine.load(path), Engine.load(path, ranked=False)
+    one, two = (ask(ranked, user_id="u3", k=9) for _ in range(2))
+    plain = ask(unranked, user_id="u3", k=9)
     assert ids(one) == ids(two) == ids(plain)
     doubled = [2 * item.score for item in plain.items]
     assert [item.score for item in one.items] == pytest.approx(doubled, abs=1e-5)
@@ -586,14 +594,14 @@ def test_a_ranker_that_answers_nonsense_fails(tmp_path: Path) -> None:
 def test_every_array_that_an_encoder_may_read_reaches_it(tmp_path: Path) -> None:
     engine = Engine.load(write_tiny_bundle(tmp_path / "all", inputs=ALL_INPUTS))
     seen = {}
-    run = engine.session.run
+    run = engine.retrieval.session.run
 
     class Spy:
         def run(self, names: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
             seen.update(feed)
             return run(names, feed)
 
-    engine.session = Spy()  # type: ignore[assignment]
+    engine.retrieval.session = Spy()  # type: ignore[assignment]
     history = [HistoryEvent("i9", "cart", START), HistoryEvent("i10", timestamp=START + 2000)]
     ask(engine, user_id="u2", history=history, now=START + 3_600_000)
     assert {name: array.tolist() for name, array in seen.items()} == {
@@ -609,9 +617,9 @@ def test_every_array_that_an_encoder_may_read_reaches_it(tmp_path: Path) -> None
 
 def test_a_bundle_without_time_counts_places(placed: Engine) -> None:
     request = RecommendRequest(history=["i9", "i10", "i11"])
-    reading = placed._read(request)
+    reading = read(placed, request)
     assert (reading.path.times.tolist(), reading.now) == ([0, 1, 2], 3)
-    stored = placed._read(RecommendRequest(user_id="u8", now=START))
+    stored = read(placed, RecommendRequest(user_id="u8", now=START))
     assert (stored.path.items.tolist(), stored.path.times.tolist(), stored.now) == (
         ([9, 10, 11], [0, 1, 2], 3)
     )

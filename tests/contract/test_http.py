@@ -99,6 +99,36 @@ def problem(response: httpx.Response, status: int, code: str) -> str:
     return str(error["message"])
 
 
+def test_a_posted_event_is_a_reason_at_once(call: Callable[..., httpx.Response]) -> None:
+    asked = {"items": ["i13", "gone"], "user_id": "new", "reasons": 1}
+    for item in ("i10", "i9"):  # the tiny encoder reads the last
+        call("POST", "/v1/events", json={"user_id": "new", "item_id": item}).raise_for_status()
+        answer = call("POST", "/v1/explain", json=asked).json()
+        assert [item["item_id"] for item in answer["items"]] == ["i13"]
+        assert answer["items"][0]["reasons"][0]["name"] == item
+    assert (answer["source"], answer["history_used"]) == ("retrieval", 2)
+    assert answer["ignored"]["first_items"] == ["gone"]
+    ranked = call("POST", "/v1/rank", json={"items": ["i13"], "user_id": "new"}).json()
+    assert answer["items"][0]["score"] == ranked["items"][0]["score"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"items": ["i9"], "by": "itm"}, "unknown by 'itm'; did you mean 'item'?"),
+        ({"items": []}, "items: expected `array` of length >= 1"),
+        ({"items": ["gone"]}, "knows none of the 1 given"),
+        ({"items": ["i9"], "k": 3}, "unknown field 'k'; expected one of"),
+        ({"items": ["i9"], "history": ["i9"] * 60}, "over this server's limit of"),
+    ],
+)
+def test_what_is_wrong_with_a_question_why(
+    call: Callable[..., httpx.Response], asked: dict[str, Any], said: str
+) -> None:
+    answer = call("POST", "/v1/explain", json=asked)
+    assert said.replace("`", "") in problem(answer, 422, "invalid_request")
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -352,7 +352,7 @@ def test_a_ranker_that_fails_leaves_the_order_of_retrieval(
 
     assert service.engine.ranker is not None
     broken = dataclasses.replace(service.engine.ranker, session=Broken())
-    monkeypatch.setattr(service.engine, "ranker", broken)
+    monkeypatch.setattr(service.engine.choice, "ranker", broken)
     answer = call("/v1/recommend", {"user_id": "u3", "k": 6}).json()
     assert (answer["source"], answer["fallback"]) == ("model", "ranker")
     assert [i["item_id"] for i in answer["items"]] == ids(ask(plain, user_id="u3", k=6))
@@ -478,7 +478,7 @@ def test_exploration_is_in_the_answer_and_can_be_repeated(engine: Engine) -> Non
     assert {item.propensity for item in greedy.items} == {None}
     told = []
     for _ in range(2):
-        engine.draws = np.random.default_rng(11)
+        engine.choice.draws = np.random.default_rng(11)
         told.append([ask(engine, user_id="u3", k=5, explore=0.5) for _ in range(20)])
     assert [ids(answer) for answer in told[0]] == [ids(answer) for answer in told[1]]
     pool = set(ids(ask(engine, user_id="u3", k=20)))

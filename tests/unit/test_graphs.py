@@ -39,7 +39,7 @@ def test_without_the_provider_the_cpu_answers_and_the_log_says_why(
     )
     assert f"expected {PROVIDERS[device][0]}" in warned["reason"]
     assert "onnxruntime-gpu" in warned["reason"]
-    assert engine.session.get_providers() == ["CPUExecutionProvider"]
+    assert engine.retrieval.session.get_providers() == ["CPUExecutionProvider"]
     asked = [RecommendRequest(history=["i9"])]
     items = [item.item_id for item in engine.recommend(asked)[0].items]
     assert items == [item.item_id for item in load_verified(bundle).recommend(asked)[0].items]

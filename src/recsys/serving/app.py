@@ -14,7 +14,7 @@ from recsys.schema import InputError
 from recsys.serving import metrics, openapi
 from recsys.serving.admin import ADMIN_ROUTES
 from recsys.serving.asgi import Header, Receive, Reply, Request, Route, Routes, Scope, Send, reply
-from recsys.serving.engine import UnknownItem
+from recsys.serving.explain_messages import ExplainRequest
 from recsys.serving.guard import Refusal
 from recsys.serving.intake import Conflict, single
 from recsys.serving.items import ITEM_ROUTES
@@ -37,6 +37,7 @@ from recsys.serving.messages import (
     converted,
     decoded,
 )
+from recsys.serving.reading import UnknownItem
 from recsys.serving.service import Overloaded, Service, check_k
 from recsys.serving.state import StateUnavailable
 
@@ -44,6 +45,7 @@ log = structlog.get_logger("recsys.serving")
 REQUEST = msgspec.json.Decoder(RecommendRequest)
 BATCH = msgspec.json.Decoder(RecommendBatch)
 RANK = msgspec.json.Decoder(RankRequest)
+EXPLAIN = msgspec.json.Decoder(ExplainRequest)
 EVENT = msgspec.json.Decoder(Event)
 EVENTS = msgspec.json.Decoder(list[Event])
 OTHER = "other"
@@ -82,6 +84,12 @@ async def rank(service: Service, request: Request) -> Reply:
     answer = await service.rank(decoded(RANK, await service.body(request)))
     request.answers = [answer]
     return reply(answer)
+
+
+async def explain(service: Service, request: Request) -> Reply:
+    """POST /v1/explain: why items score as they do."""
+    asked = decoded(EXPLAIN, await service.body(request))
+    return reply(await service.aside_run(service.explain, asked))
 
 
 async def similar(service: Service, request: Request) -> Reply:
@@ -126,7 +134,7 @@ def _kept(service: Service, user_id: str) -> UserAnswer:
         )
         for e in state.kept(user_id)
     ]
-    known = service.engine.stored_events(user_id, before)
+    known = service.engine.reader.stored_events(user_id, before)
     return UserAnswer(user_id, events, known, before or None)
 
 
@@ -170,6 +178,7 @@ ROUTES: list[Route[Service]] = [
     Route("POST", "/v1/recommend", recommend, "read"),
     Route("POST", "/v1/recommend/batch", recommend_batch, "read"),
     Route("POST", "/v1/rank", rank, "read"),
+    Route("POST", "/v1/explain", explain, "read"),
     Route("GET", "/v1/similar/{item_id}", similar, "read"),
     Route("GET", "/v1/items/{item_id}", item, "read"),
     Route("POST", "/v1/events", post_events, "events"),
@@ -185,7 +194,7 @@ ROUTES: list[Route[Service]] = [
 ]
 """Every route with the scope that a key needs for it; those without one are open."""
 ASSETS = "/docs/assets"
-MODELLED = frozenset(("/v1/recommend", "/v1/recommend/batch", "/v1/rank"))
+MODELLED = frozenset(("/v1/recommend", "/v1/recommend/batch", "/v1/rank", "/v1/explain"))
 """Paths that are turned away before anything is done for them while no further one can wait."""
 
 

@@ -168,7 +168,9 @@ class Batch:
                 raise Stopped
             people = [self.people.person(places[row]) for row in rows]
             paths = ((one.user, one.path) for one in people)
-            readings = self.engine.readings(self.request, paths, self.now, [])
+            readings = self.engine.reader.readings(
+                self.request, paths, self.now, [], self.engine.base
+            )
             found |= zip(rows, map(Row.of, self.engine.choose(readings)), strict=True)
             unknown += sum(one.unknown for one in people)
             advance(len(rows))

@@ -15,7 +15,7 @@ from recsys.schema import InputError, suggestion
 from recsys.serving.asgi import Reply, Request, Route, reply
 from recsys.serving.catalogue import CATEGORY_COLUMNS, TITLE_COLUMNS
 from recsys.serving.delta import Delta
-from recsys.serving.engine import Engine, UnknownItem
+from recsys.serving.engine import Engine
 from recsys.serving.item_log import ItemChange
 from recsys.serving.item_messages import (
     ItemAdded,
@@ -27,6 +27,7 @@ from recsys.serving.item_messages import (
     PrunedAnswer,
 )
 from recsys.serving.messages import converted, decoded
+from recsys.serving.reading import UnknownItem
 from recsys.serving.service import Service
 
 MAX_ADDED = 100_000

@@ -107,21 +107,14 @@ class RecommendRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_def
             milliseconds(self.now)
 
 
-class RankRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Have your own items ranked for a person; the other fields are those of `RecommendRequest`.
+class Person(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """Whom a request about some items is for; the fields are those of `RecommendRequest`."""
 
-    Items named twice count once. Without `k` all are answered with. An answer that is not ready
-    after `deadline_ms` is the items in the order given, and says so.
-    """
-
-    items: Annotated[list[Id], Meta(min_length=1, max_length=MAX_CANDIDATES)]
     user_id: Id | None = None
     history: Annotated[list[Id | HistoryEvent], Meta(max_length=MAX_HISTORY)] | None = None
     context: Context = {}
     weights: Weights = Weights()
-    k: Annotated[int, Meta(ge=1, le=MAX_CANDIDATES)] | None = None
     now: Moment | None = None
-    deadline_ms: Annotated[float, Meta(gt=0, le=60_000)] | None = None
 
     def __post_init__(self) -> None:
         if self.now is not None:
@@ -137,6 +130,18 @@ class RankRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
             weights=self.weights,
             context=self.context,
         )
+
+
+class RankRequest(Person, frozen=True, kw_only=True):
+    """Have your own items ranked for a person; the other fields are those of `RecommendRequest`.
+
+    Items named twice count once. Without `k` all are answered with. An answer that is not ready
+    after `deadline_ms` is the items in the order given, and says so.
+    """
+
+    items: Annotated[list[Id], Meta(min_length=1, max_length=MAX_CANDIDATES)]
+    k: Annotated[int, Meta(ge=1, le=MAX_CANDIDATES)] | None = None
+    deadline_ms: Annotated[float, Meta(gt=0, le=60_000)] | None = None
 
 
 class RecommendBatch(Struct, frozen=True, forbid_unknown_fields=True):

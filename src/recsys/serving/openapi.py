@@ -12,6 +12,7 @@ import msgspec
 from recsys import __version__
 from recsys.serving import messages
 from recsys.serving.admin import ADMIN
+from recsys.serving.explain_messages import ExplainAnswer, ExplainRequest
 from recsys.serving.item_messages import (
     MAX_LISTED,
     ItemAdded,
@@ -58,6 +59,8 @@ _STRUCTS = (
     AnswerBatch,
     RankRequest,
     RankAnswer,
+    ExplainRequest,
+    ExplainAnswer,
     SimilarAnswer,
     ItemAnswer,
     Event,
@@ -102,6 +105,9 @@ EXAMPLE = {
 RANKED = {"items": ["i9", "i10", "i11"], "user_id": "u1", "history": ["i12"]}
 
 
+EXPLAINED = {"items": ["i9", "i10"], "user_id": "u1", "history": ["i12", "i2"], "reasons": 2}
+
+
 def document() -> Json:
     """Return the OpenAPI 3.0 description of every route.
 
@@ -125,7 +131,7 @@ def document() -> Json:
 
 def _paths() -> Json:
     ask, batch = _body(RecommendRequest, EXAMPLE), _body(RecommendBatch, {"requests": [EXAMPLE]})
-    ranked = _body(RankRequest, RANKED)
+    ranked, why = _body(RankRequest, RANKED), _body(ExplainRequest, EXPLAINED)
     item, user = [_tail("item_id")], [_tail("user_id")]
     kept = _operation("What is kept of a person", UserAnswer, 404, 503, parameters=user)
     erased = _operation("Forget a person", ErasedAnswer, 404, 503, parameters=user)
@@ -139,6 +145,7 @@ def _paths() -> Json:
         "/v1/recommend": {"post": _posted("Recommend items", messages.Answer, ask)},
         "/v1/recommend/batch": {"post": _posted("Recommend to several", AnswerBatch, batch)},
         "/v1/rank": {"post": _posted("Rank your own items", RankAnswer, ranked)},
+        "/v1/explain": {"post": _posted("Why items score as they do", ExplainAnswer, why)},
         "/v1/similar/{item_id}": {"get": similar},
         "/v1/items/{item_id}": {"get": known, "delete": removed},
         "/v1/items": {"get": changes, "post": added},

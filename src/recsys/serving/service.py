@@ -23,6 +23,7 @@ from recsys.serving.asgi import Request
 from recsys.serving.delta import View
 from recsys.serving.deployment import Deployer, Roster
 from recsys.serving.engine import Engine, use_one_core
+from recsys.serving.explain_messages import ExplainAnswer, ExplainRequest
 from recsys.serving.guard import Guard, Keys, Refusal
 from recsys.serving.intake import Clock, Intake
 from recsys.serving.item_feed import ItemFeed
@@ -34,6 +35,7 @@ from recsys.serving.messages import (
     Event,
     EventsAnswer,
     ItemAnswer,
+    Person,
     RankAnswer,
     RankRequest,
     Recommended,
@@ -218,6 +220,15 @@ class Service:
         """Return the items nearest to one; raise UnknownItem."""
         return self.engine.similar(item_id, k, self.items.view(self.engine))
 
+    def explain(self, request: ExplainRequest) -> ExplainAnswer:
+        """Say why items score as they do with the model that answers this person."""
+        check_limits(request, self.settings)
+        roster = self.deployer.current
+        engine = _engine(roster, choose(roster, request.user_id))
+        now = self.clock() if request.now is None else request.now
+        asked = msgspec.structs.replace(request, now=now)
+        return engine.explain(asked, self._path(asked), self.items.view(engine))
+
     def item(self, item_id: str) -> ItemAnswer:
         """Return what is known about an item; raise UnknownItem."""
         return self.engine.item(item_id, self.items.view(self.engine))
@@ -314,7 +325,7 @@ class Service:
         view = self.items.view(roster.champion)
         return answered(roster.champion, requests, paths, ids, "champion", view)
 
-    def _path(self, request: Asked) -> UserPath | None:
+    def _path(self, request: RecommendRequest | Person) -> UserPath | None:
         """Return what a user did of late; with a history of its own only its erasure counts.
 
         Where the state does not answer, the bundle's own history still serves, but of the erased.
@@ -335,7 +346,7 @@ class Service:
         return [self._instead(roster, *pair) for pair in zip(arms, requests, strict=True)]
 
     def _instead(self, roster: Roster, arm: Arm, request: Asked) -> Given:
-        engine = (roster.challenger if arm == "challenger" else None) or roster.champion
+        engine = _engine(roster, arm)
         answer: Given
         asked = self._path(request), self.items.view(engine)
         if isinstance(request, RankRequest):
@@ -357,6 +368,10 @@ class Service:
             self.trial.answered(request, answer, seconds)
             if self.journal:
                 self.journal.record(logged(request, answer, now))
+
+
+def _engine(roster: Roster, arm: Arm) -> Engine:
+    return (roster.challenger if arm == "challenger" else None) or roster.champion
 
 
 def answered(
@@ -421,7 +436,7 @@ def _json(value: object) -> str | None:
     return None if text in ("{}", "null") else text
 
 
-def check_limits(request: Asked, settings: ServeSettings) -> None:
+def check_limits(request: RecommendRequest | Person, settings: ServeSettings) -> None:
     """Raise InputError where a request asks for more than this server was set to give."""
     if isinstance(request, RecommendRequest):
         check_k(request.k, settings)

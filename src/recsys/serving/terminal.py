@@ -25,7 +25,8 @@ from recsys.schema import InputError
 from recsys.serving.batch import Advance, Batch, run
 from recsys.serving.batch_settings import BatchSettings, Shard
 from recsys.serving.engine import Engine
-from recsys.serving.messages import RecommendRequest, converted
+from recsys.serving.explain_messages import MAX_EXPLAINED, ExplainRequest
+from recsys.serving.messages import Person, RecommendRequest, converted
 
 LINES = 20
 """So many lines say how far it is where there is no terminal to draw a bar on."""
@@ -84,7 +85,24 @@ def ask(arguments: Namespace, workspace: Workspace) -> tuple[dict[str, Any], Pat
         flag = "--" + name.replace("_", "-")
         raise InputError(f"{flag} has no effect on one answer; add --all-users, or leave it out")
     request, path = request_of(arguments), workspace.find("bundle", arguments.bundle)
-    return msgspec.to_builtins(Engine.load(path).recommend([request])[0]), path
+    engine = Engine.load(path)
+    answer: dict[str, Any] = msgspec.to_builtins(engine.recommend([request])[0])
+    if arguments.why and answer["items"]:
+        ids = [item["item_id"] for item in answer["items"]]
+        why = msgspec.to_builtins(engine.explain(why_of(request, ids, arguments.why)))
+        told = {item.pop("item_id"): item for item in why["items"]}
+        answer["items"] = [told[item["item_id"]] | item for item in answer["items"]]
+    return answer, path
+
+
+def why_of(request: RecommendRequest, item_ids: list[str], by: Any) -> ExplainRequest:
+    """Return what asks why a request was answered with some items; raise InputError for many."""
+    if len(item_ids) > MAX_EXPLAINED:
+        raise InputError(
+            f"--why explains {MAX_EXPLAINED} items at most, not {len(item_ids)}; lower --top-k"
+        )
+    person = {name: getattr(request, name) for name in Person.__struct_fields__}
+    return ExplainRequest(items=item_ids, by=by, **person)
 
 
 def batch_of(arguments: Namespace, workspace: Workspace) -> Batch:
@@ -94,6 +112,8 @@ def batch_of(arguments: Namespace, workspace: Workspace) -> Batch:
             "--all-users answers everyone by what is stored of them; leave out --user and "
             "--history, or name some users in a file: --users FILE"
         )
+    if arguments.why:
+        raise InputError("--why has no effect with --all-users; ask for one person: --user USER_ID")
     request, settings = request_of(arguments), BatchSettings(**_batch_settings(arguments))
     path = workspace.find("bundle", arguments.bundle)
     return Batch.open(path, request, settings, workspace)
@@ -190,14 +210,32 @@ def _finish() -> str:
 
 
 def answer_table(answer: dict[str, Any], title: str = "Recommended") -> None:
-    """Print an answer's items with their titles and scores."""
+    """Print an answer's items with their titles and scores, and why, where that is told."""
     table = Table(title=f"{title} ({answer['source']}, {answer['bundle']})")
     extra = [c for c in ("title", "category") if any(c in item for item in answer["items"])]
+    why = any("reasons" in item for item in answer["items"])
     for column in ("item_id", *extra, "score"):
         table.add_column(column, justify="right" if column == "score" else "left")
+    if why:
+        table.add_column("because of (the score without it would be less by)")
     for item in answer["items"]:
-        cells = (str(item.get(column, "")) for column in extra)
-        table.add_row(item["item_id"], *cells, f"{item['score']:.3f}")
+        cells = [str(item.get(column, "")) for column in extra]
+        cells += [f"{item['score']:.3f}", *([because(item)] if why else [])]
+        table.add_row(item["item_id"], *cells)
     Console().print(table)
     if ignored := answer.get("ignored"):
         Console().print(f"Not known and ignored: {', '.join(ignored['first_items'])}")
+
+
+def because(item: dict[str, Any]) -> str:
+    """Return an explained item's reasons and context in words.
+
+    >>> reason = {"name": "i7", "events": 2, "event_types": ["view", "cart"], "effect": 0.5}
+    >>> because({"reasons": [reason], "context": {"device": -0.25}})
+    'i7 (view, cart) 0.500; device -0.250'
+    """
+    told = [
+        (f"{r['name']} ({', '.join(r['event_types'])})", r.get("effect")) for r in item["reasons"]
+    ]
+    told += item.get("context", {}).items()
+    return "; ".join(name if e is None else f"{name} {e:.3f}" for name, e in told)
