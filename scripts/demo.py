@@ -124,6 +124,20 @@ def ask_while_changing_aisle(url: str, bundle: Path) -> None:
         table.add_row(str(count), seen, *map(str, hits), str(len(aisles) - sum(hits)))
     Console().print(table)
     show("And what it ends with", answer | {"items": answer["items"][:5]})
+    show_why(url, visitor, answer["items"][:3])
+
+
+def show_why(url: str, visitor: str, items: list[dict]) -> None:
+    """Say what of the walk the answers' scores are owed to."""
+    asked = {"user_id": visitor, "items": [item["item_id"] for item in items], "by": "category"}
+    why = post(f"{url}/v1/explain", asked)
+    table = Table(title="Why: what a score would lose without the events in an aisle")
+    for column in ("item", "category", "score", "owed to"):
+        table.add_column(column)
+    for item, told in zip(items, why["items"], strict=True):
+        owed = ", ".join(f"{r['name']} {r['effect']:+.2f}" for r in told["reasons"])
+        table.add_row(item["item_id"], str(item.get("category")), f"{told['score']:.2f}", owed)
+    Console().print(table)
 
 
 def two_aisles(bundle: Path) -> list[tuple[str, list[str]]]:

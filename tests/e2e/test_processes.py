@@ -166,6 +166,47 @@ def test_a_killed_process_is_started_again_and_nothing_is_lost(trained: tuple) -
         torch.testing.assert_close(killed["state_dict"][name], weights, rtol=0, atol=1e-4)
 
 
+TOLD = """
+import os, signal, sys
+from recsys.cli import main
+from recsys.training.module import RetrieverModule
+
+train = RetrieverModule.training_step
+
+def training_step(module, batch, number):
+    if module.global_rank == 1 and module.global_step == 27:
+        os.kill(os.getppid(), signal.SIGTERM)
+    return train(module, batch, number)
+
+RetrieverModule.training_step = training_step
+sys.exit(main(sys.argv[1].split()))
+"""
+"""Trains; the second process has the launcher of both told to end in mid-epoch."""
+
+
+def test_told_to_end_all_keep_their_place_and_go_on(trained: tuple, tmp_path: Path) -> None:
+    workspace, _ = trained
+    script = tmp_path / "told.py"
+    script.write_text(TOLD)
+    never = "checkpoint_every.steps=null checkpoint_every.minutes=null"
+    words = f"train {TRAJECTORY} {never} logger=csv trainer=ddp {ON_CPU} name=told"
+    command = [*TORCHRUN, str(script), words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert done.stderr.count("stopped by SIGTERM; next: recsys train resume=told") == 1
+    last = torch.load(workspace.folder("run") / "told" / LAST, weights_only=True)
+    assert 27 < last["global_step"] < 36
+    resumed = [sys.executable, "-m", "recsys.cli", "train", "resume=told"]
+    subprocess.run(resumed, capture_output=True, timeout=300, check=True)
+    for met, expected in zip(
+        facts(workspace.folder("run") / "told")["history"],
+        facts(workspace.folder("run") / "trajectory-1")["history"],
+        strict=True,
+    ):
+        assert met["train/loss"] == pytest.approx(expected["train/loss"], abs=1e-4)
+        assert met["validation/ndcg@10"] == pytest.approx(expected["validation/ndcg@10"], abs=1e-6)
+
+
 def test_recsys_train_starts_the_processes_itself(
     trained: tuple, capfd: pytest.CaptureFixture[str]
 ) -> None:

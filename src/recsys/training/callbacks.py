@@ -24,7 +24,6 @@ from recsys.evaluation.scorers import ModelScorer
 from recsys.schema import InputError
 from recsys.training.checkpoints import Bookmark
 from recsys.training.memory import peak_memory_gib
-from recsys.training.processes import EndAtOnce
 
 EPOCH_KS = (10, 20, 100)
 """Cut-offs of each epoch's figures; the test at the end has all."""
@@ -160,7 +159,7 @@ def callbacks(
         enable_version_counter=False,
         save_on_train_epoch_end=True,
     )
-    wanted: list[Callback] = [EndAtOnce(), validation, bookmark, checkpoint]
+    wanted: list[Callback] = [validation, bookmark, checkpoint]
     if validation.averaging:
         wanted.insert(0, validation.averaging)
     if patience:

@@ -5,19 +5,25 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from recsys import peers
 from recsys.data.batches import Steps
 from recsys.schema import InputError
+
+END_SECONDS = 20
+"""A step, and the checkpoint after it, may take so long once a process was told to end."""
 
 
 class Bookmark(Callback):
@@ -25,14 +31,27 @@ class Bookmark(Callback):
 
     The place is after the batches trained on, whatever the loader's workers have read ahead. A
     checkpoint is due `minutes` after the epoch's start or the last one, every `steps`, and at
-    SIGTERM, with which schedulers announce that a machine is wanted back.
+    SIGTERM, with which schedulers announce that a machine is wanted back. Several processes, each
+    told in a step of its own, then end after the same one; Lightning's own handler would have them
+    speak with each other from within the signal. Who waits for one that died never ends its step,
+    and is ended after `END_SECONDS`.
     """
 
     def __init__(
         self, sampler: Steps, file: Path, minutes: float | None = None, steps: int | None = None
     ) -> None:
         self.sampler, self.file, self.minutes, self.steps = sampler, file, minutes, steps
-        self.place, self.since = (0, 0), time.monotonic()
+        self.place, self.since, self.told = (0, 0), time.monotonic(), False
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Hear SIGTERM, where there are several processes, in place of Lightning."""
+        if peers.world() > 1:
+            signal.signal(signal.SIGTERM, self._hear)
+
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        """Leave the signal to the system: what follows the training keeps no place."""
+        if peers.world() > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Count the minutes anew: the epoch before ended with a checkpoint."""
@@ -44,21 +63,32 @@ class Bookmark(Callback):
         """Move on by a batch; the last one is left to the checkpoint after the validation."""
         epoch, last = trainer.current_epoch, trainer.is_last_batch
         self.place = (epoch + 1, 0) if last else (epoch, step + 1)
-        if not last and self.due(trainer, step):
+        # Never while gradients of several batches are being added up.
+        if last or (step + 1) % trainer.accumulate_grad_batches:
+            return
+        late, told = self._agreed(trainer)
+        if told or late or (self.steps and trainer.global_step % self.steps == 0):
             trainer.save_checkpoint(self.file)
             self.since = time.monotonic()
+        if told and peers.world() > 1:  # of one process, Lightning ends the training itself
+            raise SIGTERMException
 
-    def due(self, trainer: pl.Trainer, step: int) -> bool:
-        """Whether to write now; never while gradients of several batches are being added up."""
-        if (step + 1) % trainer.accumulate_grad_batches:
-            return False
-        if self.steps and trainer.global_step % self.steps == 0:
-            return True
-        if self.minutes is None:
-            return trainer.received_sigterm and trainer.world_size == 1
-        late = peers.first() and time.monotonic() - self.since >= 60 * self.minutes
-        # The first process's clock counts, and whoever was told to end.
-        return bool(peers.number(int(late or trainer.received_sigterm)))
+    def _agreed(self, trainer: pl.Trainer) -> tuple[bool, bool]:
+        """Return whether it is time to write, and whether anybody was told to end.
+
+        The first process's clock counts.
+        """
+        passed = time.monotonic() - self.since
+        late = self.minutes is not None and peers.first() and passed >= 60 * self.minutes
+        told = self.told or trainer.received_sigterm
+        if peers.world() == 1:
+            return late, told
+        late, told = peers.total(torch.tensor([late, told], dtype=torch.int64)).tolist()
+        return bool(late), bool(told)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.told = True
+        signal.alarm(END_SECONDS)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the next batch to train on."""

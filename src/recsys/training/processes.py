@@ -13,16 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
-from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import Callback
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from recsys import peers
 from recsys.schema import InputError
 
 ON_A_CPU = 2
@@ -226,6 +222,7 @@ def spread(config: DictConfig, words: Sequence[str]) -> bool:
 
 
 def _launch(words: Sequence[str], count: int) -> None:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -234,6 +231,8 @@ def _launch(words: Sequence[str], count: int) -> None:
     flags = ["--standalone", f"--nproc-per-node={count}", "-m", "recsys.cli"]
     try:
         run(parse_args([*flags, *words]))
+    except SignalException as told:  # its processes were, too, and have said what comes next
+        raise SystemExit(128 + told.sigval) from None
     except ChildFailedError as error:
         place, failure = error.get_first_failure()
         if failure.exitcode >= 0:
@@ -244,16 +243,3 @@ def _launch(words: Sequence[str], count: int) -> None:
         ) from None
     finally:
         logging.disable(logging.NOTSET)
-
-
-class EndAtOnce(Callback):
-    """Lets torchrun's SIGTERM end a process that waits for one which died.
-
-    Lightning's own handler waits for the end of the step, and with it for the dead. Checkpoints are
-    written whole or not at all, so nothing is lost.
-    """
-
-    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Take the signal back."""
-        if peers.world() > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -297,7 +297,8 @@ def _fit(config: DictConfig, folder: Path, job: Job, tracker: Tracker) -> None:
     try:
         trainer.fit(job.module, train_dataloaders=loader, ckpt_path=path, weights_only=True)
     except SIGTERMException:
-        print(f"stopped by SIGTERM; next: recsys train resume={folder.name}", file=sys.stderr)
+        if peers.first():
+            print(f"stopped by SIGTERM; next: recsys train resume={folder.name}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from None  # 0 would tell schedulers that it is done
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
