@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -19,9 +20,10 @@ from recsys.serving import openapi
 from recsys.serving.app import ROUTES, App
 from recsys.serving.deployment import Deployer, Record
 from recsys.serving.engine import Engine
+from recsys.serving.explain_messages import ExplainAnswer
 from recsys.serving.guard import Guard, Keys
 from recsys.serving.messages import Answer, RecommendRequest
-from recsys.serving.service import Service
+from recsys.serving.service import REASONING, Service
 from recsys.serving.settings import ServeSettings
 from recsys.serving.state import open_state
 from recsys.serving.trial import arm_of
@@ -110,6 +112,34 @@ def test_a_posted_event_is_a_reason_at_once(call: Callable[..., httpx.Response])
     assert answer["ignored"]["first_items"] == ["gone"]
     ranked = call("POST", "/v1/rank", json={"items": ["i13"], "user_id": "new"}).json()
     assert answer["items"][0]["score"] == ranked["items"][0]["score"]
+
+
+def test_who_asks_why_too_often_is_refused_and_all_else_goes_on(
+    service: Service, call: Callable[..., httpx.Response], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explain, go_on = service.engine.explain, threading.Event()
+
+    def slowly(*given: Any) -> ExplainAnswer:
+        go_on.wait(30)
+        return explain(*given)
+
+    monkeypatch.setattr(service.engine, "explain", slowly)
+
+    async def many() -> list[int]:
+        transport = httpx.ASGITransport(App(service), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            body = {"items": ["i9"], "user_id": "u1"}
+            asking = [
+                asyncio.create_task(client.post("/v1/explain", json=body))
+                for _ in range(REASONING + 2)
+            ]
+            await asyncio.sleep(0.1)
+            assert (await client.post("/v1/recommend", json={})).status_code == 200
+            go_on.set()
+            return [(await task).status_code for task in asking]
+
+    assert sorted(asyncio.run(many())) == [200] * REASONING + [429] * 2
+    assert call("POST", "/v1/explain", json={"items": ["i9"]}).status_code == 200
 
 
 @pytest.mark.parametrize(

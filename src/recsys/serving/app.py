@@ -88,8 +88,7 @@ async def rank(service: Service, request: Request) -> Reply:
 
 async def explain(service: Service, request: Request) -> Reply:
     """POST /v1/explain: why items score as they do."""
-    asked = decoded(EXPLAIN, await service.body(request))
-    return reply(await service.aside_run(service.explain, asked))
+    return reply(await service.explain(decoded(EXPLAIN, await service.body(request))))
 
 
 async def similar(service: Service, request: Request) -> Reply:

@@ -55,6 +55,8 @@ Asked = RecommendRequest | RankRequest
 Given = Answer | RankAnswer
 TOGETHER = 16
 """Requests that a thread answers as one batch, where so many wait."""
+REASONING = 8
+"""Requests for reasons that may wait; further ones are refused."""
 LOGGED_HISTORY = 1_000
 """So many of the newest events of a request's own history are logged with its answer."""
 LOGGED_ITEMS = 1_000
@@ -122,6 +124,8 @@ class Service:
         self.items = ItemFeed(state.items if state else None)
         self.intake = Intake(state, settings.keep_days, self.clock) if state else None
         self.aside = ThreadPoolExecutor(2, "aside", initializer=use_one_core)
+        self.reasons = ThreadPoolExecutor(1, "reasons", initializer=use_one_core)
+        self.reasoning = 0
         self.stopping = False
         deployer.on_change(self.deployed)
         self.deployed(deployer.current)
@@ -220,14 +224,21 @@ class Service:
         """Return the items nearest to one; raise UnknownItem."""
         return self.engine.similar(item_id, k, self.items.view(self.engine))
 
-    def explain(self, request: ExplainRequest) -> ExplainAnswer:
-        """Say why items score as they do with the model that answers this person."""
+    async def explain(self, request: ExplainRequest) -> ExplainAnswer:
+        """Say why items score as they do with the model that answers this person.
+
+        One request after the other, beside all else: each takes as long as many recommendations.
+        Raises Overloaded where several wait, and InputError where a request is wrong.
+        """
         check_limits(request, self.settings)
-        roster = self.deployer.current
-        engine = _engine(roster, choose(roster, request.user_id))
-        now = self.clock() if request.now is None else request.now
-        asked = msgspec.structs.replace(request, now=now)
-        return engine.explain(asked, self._path(asked), self.items.view(engine))
+        if self.reasoning >= REASONING:
+            raise Overloaded()
+        self.reasoning += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.reasons, self._explained, request)
+        finally:
+            self.reasoning -= 1
 
     def item(self, item_id: str) -> ItemAnswer:
         """Return what is known about an item; raise UnknownItem."""
@@ -267,6 +278,7 @@ class Service:
             self.intake.close()
         self.trial.close()
         self.aside.shutdown()
+        self.reasons.shutdown()
 
     def _need(self, part: Result | None) -> Result:
         if part is None:
@@ -338,6 +350,13 @@ class Service:
             self.metrics.state_errors.inc()
             log.warning("state_unavailable", reason=str(error))
             return UserPath([], [], [], [], self.erased.get(user_hash(request.user_id), 0))
+
+    def _explained(self, request: ExplainRequest) -> ExplainAnswer:
+        roster = self.deployer.current
+        engine = _engine(roster, choose(roster, request.user_id))
+        now = self.clock() if request.now is None else request.now
+        asked = msgspec.structs.replace(request, now=now)
+        return engine.explain(asked, self._path(asked), self.items.view(engine))
 
     def _popular(
         self, roster: Roster, arms: Sequence[Arm], requests: Sequence[Asked]
