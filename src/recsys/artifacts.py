@@ -149,6 +149,12 @@ class Workspace:
         """MLflow's store: MLFLOW_TRACKING_URI, or SQLite in the workspace."""
         return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
 
+    @property
+    def artifact_location(self) -> str | None:
+        """Where MLflow's files go: into the workspace, or where its server says (None)."""
+        served = self.tracking_uri.startswith(("http://", "https://"))
+        return None if served else (self.root / "mlartifacts").as_uri()
+
     def find(self, kind: str, name: str = "latest") -> Path:
         """Return the directory named `latest`, by its name here, or by its path."""
         for path in (self.folder(kind) / name, Path(name)):

@@ -30,6 +30,14 @@ class Outcome:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+AGAIN = {
+    "recommend": "the same command goes on",
+    "train": "a training goes on with: recsys train resume=NAME",
+    "run": "a training goes on with: recsys train resume=NAME",
+}
+"""What to type after Ctrl-C."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return 0, or 2 with a message where the user gave something wrong."""
     started = time.perf_counter()
@@ -44,10 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     try:
         outcome = arguments.run(arguments)
-    except KeyboardInterrupt:
-        more = {"recommend": "the same command goes on"}
-        again = more.get(arguments.verb, "a training goes on with: recsys train resume=NAME")
-        print(f"\nrecsys: interrupted; {again}")
+    except KeyboardInterrupt as told:
+        again = str(told) or AGAIN.get(arguments.verb, "the same command begins anew")
+        print(f"\nrecsys: interrupted; {again}", file=sys.stderr)
         return 130
     except Exception as error:
         message = explain(error)

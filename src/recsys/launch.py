@@ -24,6 +24,16 @@ from recsys.schema import InputError, suggestion
 CONFIG = "recsys"
 SECTIONS = ("evaluation", "registry", "ranking", "grow")
 """Parts that no constructor checks: a key which the shipped config lacks is refused here."""
+LEAST: dict[str, tuple[type, float]] = {
+    "seed": (int, 0),
+    "workers": (int, 0),
+    "patience": (int, 1),
+    "batches.size": (int, 1),
+    "model.dim": (int, 1),
+    "model.max_length": (int, 1),
+    "optimizer.lr": (float, 0),
+}
+"""The least value of settings that no constructor checks."""
 OF_RANKING = ("ranking", "features", "features_allow", "examples")
 OF_RETRIEVAL = ("loss", "objective", "item_start", "embedding")
 """Settings of one stage alone."""
@@ -36,9 +46,27 @@ def configure(overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = compose(CONFIG, overrides=list(overrides))
         shipped = compose(CONFIG)
+    check(config, shipped, overrides)
+    return config
+
+
+def check(config: DictConfig, shipped: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse idle, unknown and impossible settings; raises InputError."""
     _leave_out_making(config, overrides)
     _refuse_idle(config, shipped, overrides)
-    return config
+    _refuse_impossible(config)
+
+
+def _refuse_impossible(config: DictConfig) -> None:
+    """Refuse values that a training would stumble over late, or read as something else."""
+    for key, (kind, least) in LEAST.items():
+        value = OmegaConf.select(config, key)
+        if value is None:
+            continue
+        number = isinstance(value, kind | int) and not isinstance(value, bool)
+        if not number or value < least:
+            words = "a whole number" if kind is int else "a number"
+            raise InputError(f"{key}={value}: expected {words}, {least:g} or more")
 
 
 def _leave_out_making(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -236,18 +264,48 @@ def evaluate(run: Path, workspace: Workspace) -> Any:
 def sweep(overrides: Sequence[str]) -> None:
     """Train once for each point of a multirun; Optuna's sweeper gets what training maximised."""
     import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    _refuse_in_sweep(overrides)
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        shipped = compose(CONFIG)
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=CONFIG)
     def job(config: DictConfig) -> float:
-        from recsys.training.train import train as train_run
-
-        workspace = Workspace()
-        trained = train_run(config, open_dataset(config, workspace), workspace)
+        words = [str(word) for word in HydraConfig.get().overrides.task]
+        try:
+            trained = _point(config, shipped, words)
+        except InputError as error:  # which Hydra would show as a traceback
+            print(f"recsys train {' '.join(words)}: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
         trained.tested.show(Console())
         return float(trained.reached)
 
     sys.argv = ["recsys train", "--multirun", *overrides]
     job()
+
+
+def _point(config: DictConfig, shipped: DictConfig, words: Sequence[str]) -> Any:
+    """Train one point of a multirun as it would be trained alone."""
+    from recsys.training.warm import continued
+
+    workspace = Workspace()
+    check(config, shipped, words)
+    if config.resume_from is not None:
+        config = continued(config, words, workspace)
+    return _train(config, None, workspace)
+
+
+def _refuse_in_sweep(overrides: Sequence[str]) -> None:
+    """Refuse what cannot be of several trainings, or not of several processes each."""
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name == "resume":
+            raise InputError(f"{override} is of one run; leave out -m")
+        if name == "name" and "," not in value:
+            raise InputError(f"{override} would be the name of every training; leave it out")
+        if name == "trainer" and "ddp" in value:
+            raise InputError(f"{override} is for one training; leave out -m, or use trainer=cpu")
 
 
 @dataclass(frozen=True)

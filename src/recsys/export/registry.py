@@ -166,11 +166,10 @@ def _run(client: MlflowClient, bundle: Bundle, workspace: Workspace) -> Iterator
             yield
         return
     found = client.get_experiment_by_name(EXPERIMENT)
-    place = (workspace.root / "mlartifacts").as_uri()
     experiment = (
         found.experiment_id
         if found
-        else client.create_experiment(EXPERIMENT, artifact_location=place)
+        else client.create_experiment(EXPERIMENT, artifact_location=workspace.artifact_location)
     )
     with mlflow.start_run(experiment_id=experiment, run_name=bundle.version):
         yield

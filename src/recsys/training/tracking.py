@@ -6,8 +6,11 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +20,17 @@ from recsys import peers
 from recsys.artifacts import Workspace
 from recsys.data.dataset import Dataset
 from recsys.schema import InputError
+
+ANSWERS_WITHIN = 10.0
+"""Seconds after which a server that does not answer is taken for none."""
+BESIDE = (
+    *("name", "resume", "variants", "second_stage", "workers", "checkpoint_every"),
+    *("logger", "index", "registry", "grow"),
+)
+"""Settings that change where and how a run is kept or served, not what is learnt."""
+OF_RANKING = ("ranking", "features", "features_allow", "examples")
+OF_RETRIEVAL = ("loss", "objective", "item_start", "embedding")
+"""Settings of one stage alone."""
 
 
 class Tracker(Protocol):
@@ -36,6 +50,9 @@ class Tracker(Protocol):
     def finish(self, metrics: Mapping[str, float], files: list[Path]) -> None:
         """Note final metrics and keep `files` as artifacts."""
 
+    def fail(self, error: BaseException) -> None:
+        """Note that the run ended without a result."""
+
 
 class Silent:
     """Notes nothing: what a process has that is not the first of a training."""
@@ -46,6 +63,9 @@ class Silent:
         """The first process notes it."""
 
     def finish(self, metrics: Mapping[str, float], files: list[Path]) -> None:
+        """The first process notes it."""
+
+    def fail(self, error: BaseException) -> None:
         """The first process notes it."""
 
 
@@ -65,6 +85,9 @@ class CsvTracker:
         self.logger.log_metrics(dict(metrics))
         self.logger.save()
 
+    def fail(self, error: BaseException) -> None:
+        """Nothing more to note: a run that is not finished has no manifest."""
+
 
 def _allowed(name: str) -> str:
     """Return a metric's name as MLflow writes and allows it.
@@ -76,7 +99,10 @@ def _allowed(name: str) -> str:
 
 
 class MlflowNames(MLFlowLogger):
-    """Logs metrics under names that MLflow allows."""
+    """Logs metrics under names that MLflow allows, and leaves it to the tracker to end the run."""
+
+    def finalize(self, status: str = "success") -> None:
+        """Do nothing: a training that went well is yet to be tested."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log one step's metrics."""
@@ -94,7 +120,7 @@ class MlflowTracker:
             experiment_name=experiment,
             run_name=name,
             tracking_uri=workspace.tracking_uri,
-            artifact_location=(workspace.root / "mlartifacts").as_uri(),
+            artifact_location=workspace.artifact_location,
             run_id=run_id,
         )
         self.run_id: str = self.logger.run_id  # type: ignore[assignment]
@@ -127,6 +153,14 @@ class MlflowTracker:
             self.logger.experiment.log_artifact(self.run_id, str(file), folder)
         self.logger.experiment.set_terminated(self.run_id)
 
+    def fail(self, error: BaseException) -> None:
+        """Close the run: killed where it was told to end, else failed."""
+        if _is_mlflow(error):
+            return  # it does not answer, and would be waited for again
+        told = isinstance(error, KeyboardInterrupt | SystemExit)
+        with suppress(Exception):  # the error that ends the training is the one to be told
+            self.logger.experiment.set_terminated(self.run_id, "KILLED" if told else "FAILED")
+
 
 def make_tracker(
     kind: str, name: str, experiment: str, folder: Path, workspace: Workspace, run_id: str | None
@@ -136,19 +170,47 @@ def make_tracker(
         return Silent()
     if kind == "csv":
         return CsvTracker(folder)
+    _check_answers(workspace.tracking_uri)
     try:
         return MlflowTracker(name, experiment, workspace, run_id)
     except ModuleNotFoundError as error:
         raise InputError("MLflow is not installed: pip install mlflow, or logger=csv") from error
+    except Exception as error:
+        if not _is_mlflow(error):
+            raise
+        raise InputError(
+            f"MLflow cannot use {workspace.tracking_uri}: {str(error).splitlines()[0]}; set "
+            "MLFLOW_TRACKING_URI to another, or train with logger=csv"
+        ) from error
+
+
+def _check_answers(uri: str) -> None:
+    """Raise InputError where nobody answers at a server's address; MLflow tries for minutes."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        with urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWERS_WITHIN):
+            pass
+    except HTTPError:
+        pass  # somebody is there, who may want a key that MLflow has
+    except OSError as error:
+        raise InputError(
+            f"no MLflow server answers at {uri} ({error}); start it, set MLFLOW_TRACKING_URI to "
+            "another, or train with logger=csv"
+        ) from error
+
+
+def _is_mlflow(error: BaseException) -> bool:
+    """Whether an error is MLflow's own, or of a store or server that it speaks with."""
+    return type(error).__module__.split(".")[0] in ("mlflow", "requests", "urllib3", "sqlalchemy")
 
 
 def _parameters(config: DictConfig) -> dict[str, Any]:
-    """Return every setting as `group/name`, and what each group is as `group`: `loss: bce`."""
-    stage = ("ranking", "features", "examples") if config.get("examples") else ("loss",)
-    kept = ("data", "split", "model", *stage, "optimizer", "batches", "trainer", "evaluation")
+    """Return what may change the result as `group/name`, each group as `group`: `loss: bce`."""
+    left_out = OF_RETRIEVAL if config.get("examples") else OF_RANKING
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
-    flat = flatten({"seed": values["seed"]} | {k: values[k] for k in kept if k in values})
+    flat = flatten({str(k): v for k, v in values.items() if k not in (*BESIDE, *left_out)})
     named = {k.removesuffix("/_target_"): v for k, v in flat.items() if "_partial_" not in k}
     return {k: v.rsplit(".", 1)[-1] if f"{k}/_target_" in flat else v for k, v in named.items()}
 

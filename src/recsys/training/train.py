@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import re
+import shutil
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -40,6 +44,8 @@ MAY_DIFFER = ("resume", "split/", "trainer/devices", "trainer/num_nodes", "ranki
 """Settings that a run keeps, or takes up, otherwise than they are typed."""
 STATE = "run.json"
 """What an unfinished run needs to go on: written at its start, before the first step."""
+LOCK = ".lock"
+"""Held by the process that trains a run."""
 
 
 class Measured(Protocol):
@@ -111,18 +117,48 @@ def train(config: DictConfig, dataset: Dataset, workspace: Workspace) -> Trained
     settle(config)
     folder = workspace.folder("run") / told("run", lambda: _free_name(config, workspace))
     job = _assemble(config, dataset, workspace)
-    job.begin(folder)
-    tracker, state = _begin(config, folder, job, workspace)
+    told("claimed", lambda: _claim(folder, config.resume == AUTO))
+    try:
+        job.begin(folder)
+        tracker, state = _begin(config, folder, job, workspace)
+    except BaseException:
+        if peers.first() and not (folder / STATE).is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # the name is free again
+        raise
     return _run(config, folder, state, job, tracker, workspace)
 
 
 def _free_name(config: DictConfig, workspace: Workspace) -> str:
     """Return the name of a new run; one that died before its first step has left it free."""
-    name = config.name or f"{short_name(config.model._target_)}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    name = f"{short_name(config.model._target_)}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    if config.name is not None:
+        name = str(config.name)
+        if name == "latest" or not re.fullmatch(r"[^./\s][^/]*", name):
+            raise InputError(
+                f"name={name} cannot be a run's: expected a folder's name, without / and not "
+                "latest, such as name=first"
+            )
     folder = workspace.folder("run") / name
     if folder.exists() and not (config.resume == AUTO and not (folder / STATE).exists()):
-        raise InputError(f"run {name!r} exists already: choose another name=, or resume={name}")
-    return str(name)
+        raise _taken(folder)
+    return name
+
+
+def _claim(folder: Path, again: bool) -> str:
+    """Make a new run's folder, which no other training has; `again`: one may have died in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=again)
+    except FileExistsError:
+        raise _taken(folder) from None
+    return folder.name
+
+
+def _taken(folder: Path) -> InputError:
+    if (folder / STATE).is_file():
+        said = f"choose another name=, or resume={folder.name}"
+    else:
+        said = f"a training begins it, or died at once: choose another name=, or rm -r {folder}"
+    return InputError(f"run {folder.name!r} exists already: {said}")
 
 
 def _begin(
@@ -178,7 +214,7 @@ def unfinished(config: DictConfig, workspace: Workspace) -> Path | None:
         return None
     if config.name is None:
         raise InputError("a run that is to go on after a restart needs a name; type name=NAME")
-    folder = workspace.folder("run") / config.name
+    folder = workspace.folder("run") / str(config.name)
     begun = told("begun", lambda: "yes" if (folder / STATE).is_file() else "")
     if begun:
         _refuse_other(config, read_config(folder))
@@ -259,6 +295,38 @@ def _run(
     tracker: Tracker,
     workspace: Workspace,
 ) -> Trained:
+    with _alone(folder):
+        try:
+            return _trained(config, folder, state, job, tracker, workspace)
+        except BaseException as error:
+            tracker.fail(error)
+            raise
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder; raise InputError where another training does."""
+    if not peers.first():
+        yield
+        return
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the file is closed
+        except BlockingIOError:
+            raise InputError(
+                f"run {folder.name} is being trained by another process; wait for it, or stop it"
+            ) from None
+        yield
+
+
+def _trained(
+    config: DictConfig,
+    folder: Path,
+    state: Mapping[str, Any],
+    job: Job,
+    tracker: Tracker,
+    workspace: Workspace,
+) -> Trained:
     started = time.perf_counter()
     tracker.start(config, job.dataset, job.lineage)
     _fit(config, folder, job, tracker)
@@ -273,8 +341,8 @@ def _run(
     tested = job.test(folder)
     if peers.first():
         write_manifest(folder, "run", **facts, metrics=tested.metrics)
-        workspace.mark_latest("run", folder)
         tracker.finish(tested.logged, [*tested.files, folder / BEST])
+        workspace.mark_latest("run", folder)
     return Trained(folder, tested, time.perf_counter() - started, job.validation.reached)
 
 
@@ -300,6 +368,10 @@ def _fit(config: DictConfig, folder: Path, job: Job, tracker: Tracker) -> None:
         if peers.first():
             print(f"stopped by SIGTERM; next: recsys train resume={folder.name}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from None  # 0 would tell schedulers that it is done
+    except (KeyboardInterrupt, SystemExit) as end:  # Lightning may make one of the other
+        if not isinstance(end.__context__ or end, KeyboardInterrupt):
+            raise
+        raise KeyboardInterrupt(f"next: recsys train resume={folder.name}") from None
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
