@@ -49,8 +49,8 @@ field() { # of the last line of what `recsys … --json` says
   tail -n 1 | python3 -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"
 }
 
-today=$(basename "$log")
-today=${today%%.*}
+today=$(basename "$log") # without the ending that says what kind of file it is
+for ending in .gz .parquet .csv .tsv .txt .jsonl .json; do today=${today%"$ending"}; done
 name=$chain-$today
 if [[ $day != "$today" ]]; then
   if [[ -z $dataset ]]; then

@@ -115,7 +115,7 @@ def test_your_own_events(shop: Path) -> None:
         assert "Next" in run(line, shop)
     (serve,) = (line for line in lines if "serve" in line)
     asks = [line for line in lines if "curl" in line]
-    assert len(asks) == 5
+    assert len(asks) == 6
     started = serve.replace("8000", str(port)) + " --rotate-seconds 1"
     with running(started, f"http://localhost:{port}/readyz", shop):
         answers = [json.loads(run(line.replace("8000", str(port)), shop)) for line in asks]

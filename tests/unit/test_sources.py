@@ -245,6 +245,94 @@ def test_a_folder_of_parquet_is_one_log_in_name_order(tmp_path: Path) -> None:
     assert "no *.parquet in this folder" in refused_again(tmp_path, tmp_path / "empty")
 
 
+@pytest.mark.parametrize("written", ["log", "./sub/../log", "linked"])
+def test_a_folder_is_read_alike_however_its_path_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "log").mkdir()
+    (tmp_path / "linked").symlink_to("log")
+    for part, items in ((1, ["x1", "x2", "x3"]), (2, ["x1", "x2", "x4"])):
+        times = [T, T + 1, T + 2 + part]
+        table = {"user_id": ["a"] * 3, "item_id": items, "timestamp": times}
+        pq.write_table(pa.table(table), tmp_path / "log" / f"{part}.parquet")
+    monkeypatch.chdir(tmp_path)
+    dataset = made(tmp_path, Path(written), Events())
+    assert [line[1] for line in lines(dataset)] == ["x1", "x2", "x3", "x4"]
+    assert dataset.manifest["dropped"]["duplicates"] == 2
+
+
+@pytest.mark.parametrize("name", ["log[ab].csv", "log*.csv", "log?.csv"])
+def test_a_name_is_not_a_pattern(tmp_path: Path, name: str) -> None:
+    for other in ("loga.csv", "logs.csv"):
+        write(tmp_path / other, HEAD, *(f"wrong,{item},{T}" for item in "xyz"))
+    path = write(tmp_path / name, HEAD, *(f"right,{item},{T}" for item in "xyz"))
+    assert {line[0] for line in lines(made(tmp_path, path, Events()))} == {"right"}
+    items = write(tmp_path / "items[ab].csv", "item_id,color", "x,red", "y,blue", "z,red")
+    write(tmp_path / "itemsa.csv", "item_id,color", "x,green", "y,green")
+    source = Events(items=str(items))
+    dataset = made(tmp_path / "featured", path, source)
+    assert dataset.items["color"].to_pylist() == ["red", "blue", "red"]
+
+
+def test_folder_names_are_no_columns(tmp_path: Path) -> None:
+    """A column of the file counts, whatever the folder says; one that the file lacks is refused."""
+    table = {"user_id": ["a"] * 3, "item_id": ["x", "y", "z"], "timestamp": [T, T + 1, T + 2]}
+    own = tmp_path / "own" / "event_type=purchase"
+    own.mkdir(parents=True)
+    pq.write_table(pa.table({**table, "event_type": ["view", "cart", "view"]}), own / "0.parquet")
+    assert [line[3] for line in lines(made(tmp_path, tmp_path / "own", Events()))] == [1, 3, 1]
+    lost = tmp_path / "lost" / "event_type=purchase"
+    lost.mkdir(parents=True)
+    pq.write_table(pa.table(table), lost / "0.parquet")
+    said = refused_again(tmp_path, tmp_path / "lost")
+    assert "event_type is in the folder's name and not in the file" in said
+
+
+def test_nanoseconds_with_a_zone_are_moments(tmp_path: Path) -> None:
+    times = pa.array([(T + second) * 10**9 for second in range(3)], pa.timestamp("ns", "UTC"))
+    table = {"user_id": ["a"] * 3, "item_id": ["x", "y", "z"], "timestamp": times}
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    dataset = made(tmp_path, tmp_path / "log.parquet", Events())
+    assert [line[2] for line in lines(dataset)] == [T * 1000, T * 1000 + 1000, T * 1000 + 2000]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_an_item_table_is_separated_as_it_is(tmp_path: Path, separator: str) -> None:
+    path = write(tmp_path / "log.csv", HEAD, *(f"a,{item},{T}" for item in "xyz"))
+    rows = [("item_id", "price"), *((f"i{n}", "1") for n in range(30_000)), ("x", "free")]
+    items = write(tmp_path / "items.csv", *(separator.join(row) for row in rows))
+    dataset = made(tmp_path, path, Events(items=str(items)))
+    assert dataset.items["price"].to_pylist() == ["free", None, None]
+
+
+def test_ids_with_a_point_are_refused_in_an_item_table(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", HEAD, *(f"a,{item},{T}" for item in "789"))
+    pq.write_table(pa.table({"item_id": [7.0, 8.0], "c": ["a", "b"]}), tmp_path / "items.parquet")
+    with pytest.raises(InputError, match="column 'item_id' holds numbers with a point"):
+        made(tmp_path, path, Events(items=str(tmp_path / "items.parquet")))
+
+
+def test_a_tab_can_be_typed(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "log.tsv", "user_id\titem_id\ttimestamp", *(f"a\t{item}\t{T}" for item in "xyz")
+    )
+    said = refused_again(tmp_path, path)
+    assert """Type 'data.source.delimiter="\\t"'""" in said
+    assert len(lines(made(tmp_path, path, Events(delimiter="\\t")))) == 3
+    with pytest.raises(InputError, match="delimiter=None: expected one character"):
+        Events(delimiter=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("deduplicate", "no"), ("min_user_events", None), ("threads", None)]
+)
+def test_settings_of_another_kind_are_refused(tmp_path: Path, setting: str, value: Any) -> None:
+    path = write(tmp_path / "log.csv", HEAD, *(f"a,{item},{T}" for item in "xyz"))
+    with pytest.raises(InputError, match=f"data.{setting}={value}: expected"):
+        made(tmp_path, path, Events(), **{setting: value})
+
+
 def refused_again(tmp_path: Path, path: Path) -> str:
     return refused(tmp_path / "again", path)
 

@@ -52,8 +52,11 @@ class PrepareSettings:
             raise InputError(f"data.name={self.name!r}: expected a plain name for a folder")
         for name in ("min_user_events", "min_item_events", "k_core", "threads"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
+            allowed = value is None and name == "k_core"
+            if not allowed and (type(value) is not int or value < 1):
                 raise InputError(f"data.{name}={value}: expected a whole number, at least 1")
+        if not isinstance(self.deduplicate, bool):
+            raise InputError(f"data.deduplicate={self.deduplicate}: expected true or false")
         if self.engine not in ENGINES:
             raise InputError(
                 f"data.engine={self.engine}: expected one of {', '.join(ENGINES)}"

@@ -22,6 +22,8 @@ from recsys.data.sources.files import (
     parquet,
     parquet_parts,
     reading,
+    separator,
+    typed,
 )
 from recsys.data.sources.parts import (
     Part,
@@ -81,6 +83,14 @@ class Events:
     labels: Sequence[str] = ()
     on_corrupt: str = "refuse"
 
+    def __post_init__(self) -> None:
+        if self.delimiter == "\\t":  # as it can be typed
+            object.__setattr__(self, "delimiter", "\t")
+        if not isinstance(self.delimiter, str) or len(self.delimiter) != 1:
+            raise InputError(
+                f"data.source.delimiter={self.delimiter!r}: expected one character, or \\t"
+            )
+
     def read(self, con: ibis.BaseBackend, path: Path | None, scratch: Path) -> Tables:
         """Read the log at `path`, the impressions and the feature tables where there are any."""
         return self.read_with(con, partial(parquet_parts, con), path, scratch)
@@ -119,6 +129,7 @@ class Events:
     def _parquet(self, opened: OpenParquet, found: Path, scratch: Path) -> ReadLog:
         """Return checked events of a Parquet file, or of all in a folder."""
         parts, skipped = parts_of(_files(found), self.on_corrupt)
+        self._refuse_in_folders(parts, found)
         names = self._mapped(columns_of(parts), found)
         columns = list(dict.fromkeys(names.values()))
         check_alike(parts, columns)
@@ -132,6 +143,19 @@ class Events:
             events = Log(table, found.name, names, self.event_types).events()
         kinds = {ours: _kind_in(parts, theirs) for ours, theirs in names.items()}
         return ReadLog(events, "timestamp" in names, kinds, skipped, blaming)
+
+    def _refuse_in_folders(self, parts: Sequence[Part], found: Path) -> None:
+        """Refuse a log that tells a column by the names of its folders alone."""
+        there, wanted = columns_of(parts), self._wanted().values()
+        for part in parts if found.is_dir() else ():
+            for folder in part.file.relative_to(found).parts[:-1]:
+                name, equals, _ = folder.partition("=")
+                if equals and name in wanted and name not in there:
+                    raise InputError(
+                        f"{part.file}: {name} is in the folder's name and not in the file; write "
+                        "it into the files: duckdb's COPY … (FORMAT parquet, PARTITION_BY "
+                        f"({name}), WRITE_PARTITION_COLUMNS true)"
+                    )
 
     def _text(self, con: ibis.BaseBackend, found: Path) -> ReadLog:
         """Return checked events of delimited text."""
@@ -182,9 +206,8 @@ class Events:
         if _kind(file) == "parquet":
             return parquet(con, _files(file))
         there = set(header(file, self.delimiter))
-        texts = {name: "VARCHAR" for name in ids if name in there}
-        with reading(file):
-            table = con.read_csv(str(file), header=True, delim=self.delimiter, types=texts)
+        texts = [name for name in ids if name in there]
+        table = typed(con, file, self.delimiter, texts)
         return kept_rows(con, "raw_impressions", table, file).rename({ROW: "row"})
 
     def _wanted(self) -> dict[str, str | None]:
@@ -233,10 +256,14 @@ def _features(
     if _kind(file) == "parquet":
         table = parquet(con, [file]).drop(ROW)
     else:
-        names = header(file, ",")
-        mapped(names, {ours: theirs}, (), file.name, "data.source")
-        with reading(file):
-            table = con.read_csv(str(file), header=True, delim=",", types={theirs: "VARCHAR"})
+        delimiter = separator(file)
+        mapped(header(file, delimiter), {ours: theirs}, (), file.name, "data.source")
+        table = typed(con, file, delimiter, [theirs])
     mapped(table.columns, {ours: theirs}, (), file.name, "data.source")
+    if table[theirs].type().is_floating():  # 7 would be "7.0", and no item's id
+        raise InputError(
+            f"{file.name}: column {theirs!r} holds numbers with a point; expected ids, text or "
+            "whole numbers (pandas makes floats of a column where one is missing)"
+        )
     rest = [name for name in table.columns if name != theirs]
     return table.select(*rest, **{ours: table[theirs].cast("string")})

@@ -6,6 +6,8 @@ import csv
 import gzip
 import itertools
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
     import ibis
 
 SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "csv"}
+SEPARATORS = (",", "\t", ";", "|")
 ROW = "file_row_number"
+TYPED = {"\t": "\\t"}
+"""How a separator is typed that a shell would not leave as it is."""
 FILE = "recsys_file"
 """Columns that the Parquet reader adds; neither is likely in anyone's log."""
 ALIASES = {
@@ -107,7 +112,7 @@ def delimited(
     """
     columns = dict.fromkeys(names or header(file, delimiter), "VARCHAR")
     return con.read_csv(
-        str(file),
+        as_named(file),
         columns=columns,
         header=names is None,
         auto_detect=False,
@@ -117,9 +122,25 @@ def delimited(
     )
 
 
+def separator(file: Path) -> str:
+    """Return what separates the columns of a table: the most frequent one in its first line."""
+    with reading(file), open_text(file) as stream:
+        line = stream.readline()
+    return max(SEPARATORS, key=line.count)
+
+
+def typed(con: ibis.BaseBackend, file: Path, delimiter: str, texts: Sequence[str]) -> ibis.Table:
+    """Open delimited text with a type a column, as all of its rows have it; `texts` stay text."""
+    text = dict.fromkeys(texts, "VARCHAR")
+    with reading(file):
+        return con.read_csv(
+            as_named(file), header=True, delim=delimiter, types=text, sample_size=-1
+        )
+
+
 def json_lines(con: ibis.BaseBackend, file: Path, columns: Mapping[str, str]) -> ibis.Table:
     """Open JSON lines, one column a key, with the given DuckDB types; absent keys are null."""
-    return con.read_json(str(file), columns=dict(columns), format="newline_delimited")
+    return con.read_json(as_named(file), columns=dict(columns), format="newline_delimited")
 
 
 def first_json(file: Path) -> dict[str, object]:
@@ -135,6 +156,15 @@ def first_json(file: Path) -> dict[str, object]:
     return value
 
 
+def as_named(file: Path | str) -> str:
+    """Return a path that DuckDB takes for one file, not for a pattern of names.
+
+    >>> as_named("log[1].csv")
+    'log[[]1].csv'
+    """
+    return re.sub(r"([*?\[])", r"[\1]", str(file))
+
+
 def parquet(con: ibis.BaseBackend, files: Sequence[Path]) -> ibis.Table:
     """Open Parquet files as one table whose ROW column counts through all of them in order."""
     return parquet_parts(con, [part_of(file) for file in files])
@@ -144,13 +174,24 @@ def parquet_parts(
     con: ibis.BaseBackend, parts: Sequence[Part], columns: Sequence[str] = ()
 ) -> ibis.Table:
     """Open files whose footers are read, as one table with ROW; `columns` are among its own."""
-    names = [str(part.file) for part in parts]
+    # As DuckDB tells them again: absolute, and `..` gone, but links kept.
+    names = [os.path.abspath(part.file) for part in parts]
+    literal = [as_named(name) for name in names]
+    plain = {"file_row_number": True, "hive_partitioning": False}
     if len(names) == 1:
-        return con.read_parquet(names, file_row_number=True)
-    table = con.read_parquet(names, file_row_number=True, filename=FILE, union_by_name=True)
+        return _in_microseconds(con.read_parquet(literal, **plain), parts)
+    table = con.read_parquet(literal, filename=FILE, union_by_name=True, **plain)
+    table = _in_microseconds(table, parts)
     starts = [0, *itertools.accumulate(part.rows for part in parts)]
     start = table[FILE].cases(*zip(names, starts[:-1], strict=True), else_=0)
     return table.mutate(**{ROW: table[ROW] + start}).drop(FILE)
+
+
+def _in_microseconds(table: ibis.Table, parts: Sequence[Part]) -> ibis.Table:
+    """Cast moments in nanoseconds with a zone, as pandas writes them: Ibis has no type for them."""
+    fields = (column for part in parts for column in part.schema)
+    fine = {f.name for f in fields if str(f.type).startswith("timestamp[ns, tz=")}
+    return table.mutate(**{name: table[name].cast("timestamp('UTC', 6)") for name in fine})
 
 
 def kept_rows(con: ibis.BaseBackend, name: str, table: ibis.Table, file: Path) -> ibis.Table:
@@ -188,7 +229,7 @@ def _no_column(ours: str, theirs: str, found: list[str], place: str, setting: st
     if len(found) == 1 and (other := next((c for c in "\t;|" if c in found[0]), None)):
         return (
             f"{place}: no column {theirs!r}; the columns look separated by {other!r}. "
-            f'Set data.source.delimiter="{other}"'
+            f"Type 'data.source.delimiter=\"{TYPED.get(other, other)}\"'"
         )
     return (
         f"{place}: no column {theirs!r}; found {', '.join(found)}. "
