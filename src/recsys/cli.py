@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         outcome = arguments.run(arguments)
     except KeyboardInterrupt as told:
-        again = str(told) or AGAIN.get(arguments.verb, "the same command begins anew")
-        print(f"\nrecsys: interrupted; {again}", file=sys.stderr)
-        return 130
+        return _interrupted(arguments.verb, str(told))
     except Exception as error:
+        if "Query interrupted" in str(error):  # what DuckDB makes of Ctrl-C
+            return _interrupted(arguments.verb)
         message = explain(error)
         if message is None:
             raise
@@ -65,6 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if outcome is not None:
         report(outcome, time.perf_counter() - started, arguments.json)
     return 0
+
+
+def _interrupted(verb: str, again: str = "") -> int:
+    """Say what goes on after Ctrl-C; return the exit code."""
+    again = again or AGAIN.get(verb, "the same command begins anew")
+    print(f"\nrecsys: interrupted; {again}", file=sys.stderr)
+    return 130
 
 
 def _behind_options(arguments: Arguments, met: Sequence[str]) -> list[str]:
@@ -88,7 +95,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space left on the device ({error.filename or error}); free some and repeat"
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if type(error).__module__.split(".")[0] in ("hydra", "omegaconf"):
         from recsys.launch import explain_config
 

@@ -17,7 +17,7 @@ from omegaconf.errors import MissingMandatoryValue
 from rich.console import Console
 
 from recsys.artifacts import Workspace
-from recsys.config import config_dir
+from recsys.config import OF_RANKING, OF_RETRIEVAL, config_dir
 from recsys.data.dataset import Dataset
 from recsys.schema import InputError, suggestion
 
@@ -34,9 +34,6 @@ LEAST: dict[str, tuple[type, float]] = {
     "optimizer.lr": (float, 0),
 }
 """The least value of settings that no constructor checks."""
-OF_RANKING = ("ranking", "features", "features_allow", "examples")
-OF_RETRIEVAL = ("loss", "objective", "item_start", "embedding")
-"""Settings of one stage alone."""
 OF_FIRST = (*OF_RETRIEVAL, "model", "batches", "name")
 """What `recsys run` reads for retrievers alone where a second stage follows."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,14 @@ from recsys.training.retrieval import RetrievalJob
 from recsys.training.runs import LAST
 
 TRAIN = ["train", "trainer=cpu", "model.dim=8", "trainer.max_epochs=1", "patience=null"]
+
+HOLDS = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture
@@ -125,11 +134,17 @@ def test_two_trainings_do_not_share_a_folder(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "_fit", lambda *given: None)
         assert main([*TRAIN, "logger=csv", "name=same"]) == 2  # without a step there are no weights
-    with (folder / train.LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(folder / train.LOCK)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout
+        assert other.stdout.readline() == b"held\n"
         capsys.readouterr()
         assert main(["train", "resume=same"]) == 2
         assert "run same is being trained by another process" in capsys.readouterr().err
+        other.communicate()
     assert main(["train", "resume=same"]) == 0
 
 

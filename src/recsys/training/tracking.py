@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,6 +19,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger
 
 from recsys import peers
 from recsys.artifacts import Workspace
+from recsys.config import OF_RANKING, OF_RETRIEVAL
 from recsys.data.dataset import Dataset
 from recsys.schema import InputError
 
@@ -28,9 +30,6 @@ BESIDE = (
     *("logger", "index", "registry", "grow"),
 )
 """Settings that change where and how a run is kept or served, not what is learnt."""
-OF_RANKING = ("ranking", "features", "features_allow", "examples")
-OF_RETRIEVAL = ("loss", "objective", "item_start", "embedding")
-"""Settings of one stage alone."""
 
 
 class Tracker(Protocol):
@@ -194,6 +193,8 @@ def _check_answers(uri: str) -> None:
     except HTTPError:
         pass  # somebody is there, who may want a key that MLflow has
     except OSError as error:
+        if isinstance(getattr(error, "reason", None), ssl.SSLError):
+            return  # somebody is there, whom MLflow may be set to trust
         raise InputError(
             f"no MLflow server answers at {uri} ({error}); start it, set MLFLOW_TRACKING_URI to "
             "another, or train with logger=csv"

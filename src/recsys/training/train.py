@@ -311,8 +311,9 @@ def _alone(folder: Path) -> Iterator[None]:
         return
     with (folder / LOCK).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the file is closed
-        except BlockingIOError:
+            # This process's own: a loader's worker that outlives it for a moment does not hold it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise InputError(
                 f"run {folder.name} is being trained by another process; wait for it, or stop it"
             ) from None
