@@ -122,7 +122,8 @@ def test_your_own_events(shop: Path) -> None:
         while_it_runs(port, shop)
     assert [answer.get("source") for answer in answers[:3]] == ["model", "model", "popular"]
     assert len(answers[0]["items"]) == 5
-    assert answers[3]["item_id"] == answers[4]["item_id"] == "i7"
+    assert [one["item_id"] for one in answers[3]["items"]] == ["i3", "i9"]
+    assert answers[4]["item_id"] == answers[5]["item_id"] == "i7"
 
 
 def while_it_runs(port: int, shop: Path) -> None:

@@ -486,13 +486,13 @@ def test_a_bad_canary_is_taken_back_everywhere(tmp_path: Path) -> None:
     trials = [Trial(worker) for worker in workers]
     try:
         workers[0].challenge(paths[1], "canary", 0.5, bounds=Bounds(min_answers=100))
-        wait_for(lambda: workers[1].current.mode == "canary")
+        # A worker shows its new mode just before its trial begins, and just before it ends.
+        wait_for(lambda: trials[1].report() is not None)
         for user in range(40):
             arm = choose(workers[1].current, f"u{user}")
             if arm == "challenger":
                 trials[1].failed(arm)
         wait_for(lambda: all(worker.current.mode == "off" for worker in workers))
-        # A worker shows its new mode just before its trial ends.
         wait_for(lambda: [trial.report() for trial in trials] == [None, None])
         change = Record(tmp_path).read().history[-1]
         assert (change.what, change.by) == ("return to champion", "trial")

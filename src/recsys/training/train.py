@@ -317,7 +317,10 @@ def _alone(folder: Path) -> Iterator[None]:
             raise InputError(
                 f"run {folder.name} is being trained by another process; wait for it, or stop it"
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def _trained(
