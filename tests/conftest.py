@@ -41,6 +41,14 @@ def ring_rows() -> list[dict[str, object]]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def no_store_of_another_test() -> Iterator[None]:
+    """Lightning's logger tells the process where MLflow is: each test begins without."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @pytest.fixture(scope="session")
 def ring_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The log as CSV, with an item table beside it."""

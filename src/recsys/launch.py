@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -41,10 +42,22 @@ OF_FIRST = (*OF_RETRIEVAL, "model", "batches", "name")
 def configure(overrides: Sequence[str]) -> DictConfig:
     """Return the composed config; raises what Hydra raises, or InputError for an idle setting."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = compose(CONFIG, overrides=list(overrides))
+        config = compose(CONFIG, overrides=[_as_path(word) for word in overrides])
         shipped = compose(CONFIG)
     check(config, shipped, overrides)
     return config
+
+
+def _as_path(word: str) -> str:
+    """Quote the value of a setting that names a file, whose name Hydra would read as its grammar.
+
+    >>> _as_path("data.path=/"), _as_path("model.dim=64")
+    ("data.path='/'", 'model.dim=64')
+    """
+    name, _, value = word.partition("=")
+    if re.search(r"[^\w.]", value) is None or "'" in value or not os.path.exists(value):
+        return word
+    return f"{name}='{value}'"
 
 
 def check(config: DictConfig, shipped: DictConfig, overrides: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,9 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from mlflow import MlflowClient
 
+from recsys.artifacts import Workspace
 from recsys.serving.app import ROUTES
 
 ROOT = Path(__file__).parents[2]
@@ -228,6 +231,9 @@ def test_sweeps(shop: Path) -> None:
         run(line, shop)
     runs = [path for path in (shop / "workspace" / "runs").iterdir() if not path.is_symlink()]
     assert len(runs) == 3 + 2
+    client = MlflowClient(Workspace(shop / "workspace").tracking_uri)
+    found = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    assert sorted(Counter(run.data.tags["sweep"] for run in found).values()) == [2, 3]
 
 
 def test_every_experiment_is_named() -> None:

@@ -627,3 +627,77 @@ def test_hydra_settings_reach_the_manifest(tmp_path: Path) -> None:
     temporal = OmegaConf.load(CONFIGS / "split" / "temporal.yaml")
     cut = prepare(config, instantiate(config.source), temporal, Workspace(tmp_path / "w"))
     assert cut.manifest["split"]["test_from"] == (T + 9) * 1000
+
+
+LOG = [f"u{n % 4},i{n % 5},{T + n}" for n in range(40)]
+
+
+def test_the_index_that_pandas_writes_is_no_column(tmp_path: Path) -> None:
+    import pandas as pd
+
+    rows = [row.split(",") for row in LOG]
+    log = pd.DataFrame(rows, columns=HEAD.split(","))
+    items = pd.DataFrame({"item_id": ["i0", "i1"], "price": [1.0, 2.0]}, index=[7, 9])
+    plain, indexed = tmp_path / "plain.csv", tmp_path / "indexed.csv"
+    log.to_csv(plain, index=False)
+    log.to_csv(indexed)
+    items.to_csv(tmp_path / "items.csv")
+    items.to_parquet(tmp_path / "items.parquet")
+    read = [
+        made(tmp_path, plain, Events()),
+        made(tmp_path, indexed, Events(items=str(tmp_path / "items.csv"))),
+        made(tmp_path, indexed, Events(items=str(tmp_path / "items.parquet"))),
+    ]
+    assert lines(read[0]) == lines(read[1]) == lines(read[2])
+    assert [one.manifest["item_features"] for one in read[1:]] == [{"price": "numeric"}] * 2
+
+
+@pytest.mark.parametrize("released", ["1970-01-03", "1970-01-03 00:00:00"])
+def test_a_date_of_an_item_is_days_since_1970(tmp_path: Path, released: str) -> None:
+    log = write(tmp_path / "log.csv", HEAD, *LOG)
+    items = write(tmp_path / "items.csv", "item_id,released", f"i0,{released}", "i1,")
+    dataset = made(tmp_path, log, Events(items=str(items)))
+    items_, days = (dataset.items[name].to_pylist() for name in ("item_id", "released"))
+    found = dict(zip(items_, days, strict=True))
+    assert (found["i0"], found["i1"], found["i2"]) == (2.0, None, None)
+    told = Events(items=str(items))
+    chosen = made(tmp_path, log, told, item_features={"released": "categorical"})
+    assert chosen.items["released"].to_pylist()[items_.index("i0")] == released
+
+
+def test_an_item_table_of_other_ids_is_refused(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.csv", HEAD, *LOG)
+    items = write(tmp_path / "items.csv", "item_id,price", "0,1", "1,2")
+    with pytest.raises(InputError, match=r"none of the log's item_ids.*'i0'.*the table '0'"):
+        made(tmp_path, log, Events(items=str(items)))
+
+
+def test_what_spark_marks_as_no_data_is_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    for name in ("_temporary/0", "day=1", ".hidden"):
+        (folder / name).mkdir(parents=True)
+        rows = [row.split(",") for row in LOG]
+        columns = {n: [row[k] for row in rows] for k, n in enumerate(HEAD.split(","))}
+        pq.write_table(pa.table(columns), folder / name / "part.parquet")
+    (folder / "_metadata.parquet").write_bytes(b"")
+    assert made(tmp_path, folder, Events()).manifest["source_rows"] == len(LOG)
+
+
+def test_a_packed_log_may_be_named_in_capitals(tmp_path: Path) -> None:
+    packed = write(tmp_path / "log.csv.gz", HEAD, *LOG)
+    loud = packed.rename(tmp_path / "LOG.CSV.GZ")
+    assert len(lines(made(tmp_path, loud, Events()))) == len(LOG)
+
+
+def test_settings_of_a_wrong_kind_are_refused(tmp_path: Path) -> None:
+    from recsys.data.grow import Growth
+
+    log = write(tmp_path / "log.csv", HEAD, *LOG)
+    assert len(lines(made(tmp_path, log, Events(columns=None)))) == len(LOG)
+    with pytest.raises(InputError, match=r"data.spill=.*name a folder"):
+        made(tmp_path, log, Events(), spill=str(log), min_user_events=2)
+    with pytest.raises(InputError, match=r"grow.keep_days=abc: expected days"):
+        Growth(onto="latest", keep_days="abc")  # type: ignore[arg-type]
+    items = write(tmp_path / "items.csv", "item_id,Rank", "i0,1")
+    with pytest.raises(InputError, match="'Rank' is a name of recsys's own"):
+        made(tmp_path, log, Events(items=str(items)))

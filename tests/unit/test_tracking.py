@@ -53,7 +53,10 @@ def test_a_run_is_finished_once_it_is_tested(
             main([*TRAIN, "name=fails"])
     assert runs(prepared)["fails"].info.status == "FAILED"
     assert main(["train", "resume=fails"]) == 0
-    assert runs(prepared)["fails"].info.status == "FINISHED"
+    run = runs(prepared)["fails"]
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["best/ndcg_at_10"] == run.data.metrics["validation/ndcg_at_10"]
+    assert run.data.metrics["best/epoch"] == 0
 
 
 def test_a_training_that_is_told_to_stop_is_shown_as_killed(

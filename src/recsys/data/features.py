@@ -27,7 +27,8 @@ GROUP = 131_072
 def feature_kinds(table: ibis.Table, key: str, declared: Mapping[str, str]) -> dict[str, str]:
     """Return column → kind for every column of a feature table but its key.
 
-    declared: kinds that the config states; the others follow from type and name.
+    declared: kinds that the config states; the others follow from type and name; a date or moment
+    is a number, of days since 1970.
     Raises InputError for a reserved name, an unknown kind or a type that is no feature.
     """
     schema = {name: kind for name, kind in table.schema().items() if name != key}
@@ -41,13 +42,13 @@ def feature_kinds(table: ibis.Table, key: str, declared: Mapping[str, str]) -> d
 
 
 def _kind(name: str, dtype: dt.DataType, declared: str | None) -> str:
-    if name in RESERVED:
+    if name.lower() in RESERVED:  # as DuckDB takes names
         raise InputError(f"feature column {name!r} is a name of recsys's own; rename it")
     possible = _possible(name, dtype)
     if not possible:
         raise InputError(
-            f"feature column {name!r} is {dtype}; expected text, a number, or a list of either. "
-            "Cast it or leave it out of the file"
+            f"feature column {name!r} is {dtype}; expected text, a number, a date, or a list of "
+            "texts or numbers. Cast it or leave it out of the file"
         )
     if declared is not None and declared not in possible:
         raise InputError(
@@ -62,7 +63,7 @@ def _possible(name: str, dtype: dt.DataType) -> tuple[str, ...]:
     if dtype.is_string():
         kinds = ("categorical", "text", "multi")
         return ("text", "categorical", "multi") if name.lower() in TEXT_NAMES else kinds
-    if dtype.is_numeric() or dtype.is_boolean():
+    if dtype.is_numeric() or dtype.is_boolean() or dtype.is_date() or dtype.is_timestamp():
         return ("numeric", "categorical")
     if dtype.is_array():
         return (
@@ -85,7 +86,14 @@ def _typed(column: ibis.Value, kind: str) -> ibis.Value:
         return column.cast("array<float32>")
     if kind != "numeric":
         return column.cast("string")
+    if column.type().is_date() or column.type().is_timestamp():
+        return _days(column)
     return column.cast("int8") if column.type().is_boolean() else column
+
+
+def _days(column: ibis.Value) -> ibis.Value:
+    """Return moments as days since 1970-01-01 (UTC)."""
+    return column.cast("timestamp").epoch_seconds() / 86_400
 
 
 def check_key(table: ibis.Table, key: str) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from recsys.data.coding import RANKED, Kept
 from recsys.data.dataset import EVENT_ARRAYS
-from recsys.data.engines import CHUNK, Engine, batches, keep
+from recsys.data.engines import CHUNK, Engine, batches, count, keep
 from recsys.data.features import typed, write_features
 from recsys.data.splits import SplitRule, count_items
 from recsys.schema import EVENT_TYPES, InputError
@@ -144,7 +144,22 @@ def _described(
 ) -> ibis.Table:
     if features is None:
         return table
+    _check_meeting(table, key, features)
     return table.left_join(typed(features.select(key, *kinds), kinds), key)
+
+
+def _check_meeting(table: ibis.Table, key: str, features: ibis.Table) -> None:
+    """Raise InputError where a feature table says nothing of anything in the log."""
+    if count(table.semi_join(features, key)) or not count(table):
+        return
+    log, told = (
+        one.select(key).limit(1).to_pyarrow()[key].to_pylist() for one in (table, features)
+    )
+    raise InputError(
+        f"the {key[:4]} table has none of the log's {key}s: the log has {log[0]!r}, the table "
+        f"{repr(told[0]) if told else 'no row'}; both name {key[:4]}s alike, or name the column of "
+        f"the same ids, data.source.{key}=COLUMN"
+    )
 
 
 def occurring(folder: Path) -> list[str]:

@@ -59,7 +59,8 @@ class Growth:
                 "grow.retire=true has no effect without grow.keep_days, after which items are "
                 "stale; give both"
             )
-        if self.keep_days is not None and not self.keep_days > 0:
+        days = self.keep_days
+        if days is not None and (isinstance(days, bool | str) or not days > 0):
             raise InputError(f"grow.keep_days={self.keep_days}: expected days above 0, or null")
 
     def since(self, newest: int) -> int:

@@ -256,7 +256,10 @@ def _write_shown(
 def _scratch(folder: Path, settings: PrepareSettings) -> Iterator[Path]:
     """Yield a folder for spilled and intermediate files, gone afterwards."""
     place = Path(settings.spill).expanduser() if settings.spill else folder
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"data.spill={settings.spill}: {error.strerror}; name a folder") from error
     scratch = Path(tempfile.mkdtemp(prefix=".prepare-", dir=place))
     try:
         yield scratch

@@ -16,6 +16,7 @@ from torch import nn
 
 from recsys import peers
 from recsys.data.dataset import Dataset
+from recsys.evaluation.protocol import requests
 from recsys.evaluation.scorers import ModelScorer, Scorer
 from recsys.losses import full_softmax
 from recsys.models.hashing import collisions
@@ -35,6 +36,8 @@ class RetrievalJob:
     def __init__(self, config: DictConfig, dataset: Dataset) -> None:
         check_start(config.item_start)
         check_lazy(config)
+        requests(dataset, "validation")  # that nobody is in one is told before hours of training
+        requests(dataset, "test")
         self.config, self.dataset = config, dataset
         model = build_model(config, dataset)
         self.batches = self._batches()

@@ -14,6 +14,8 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger
 
@@ -236,8 +238,16 @@ def _tags(config: DictConfig) -> dict[str, str]:
         "torch": torch.__version__,
         "device": _device(),
     }
-    commit = _git_commit()
-    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
+    commit, sweep = _git_commit(), _sweep()
+    tags |= {"mlflow.source.git.commit": commit} if commit else {}
+    return tags | ({"sweep": sweep} if sweep else {})
+
+
+def _sweep() -> str | None:
+    """Return the folder of the multirun that this training is a point of, or None."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return Path(HydraConfig.get().sweep.dir).name
 
 
 def _parents(lineage: Mapping[str, Any]) -> dict[str, str]:

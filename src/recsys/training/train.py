@@ -345,7 +345,8 @@ def _trained(
     tested = job.test(folder)
     if peers.first():
         write_manifest(folder, "run", **facts, metrics=tested.metrics)
-        tracker.finish(tested.logged, [*tested.files, folder / BEST])
+        best = {f"best/{name}": value for name, value in job.validation.best().items()}
+        tracker.finish({**tested.logged, **best}, [*tested.files, folder / BEST])
         workspace.mark_latest("run", folder)
     return Trained(folder, tested, time.perf_counter() - started, job.validation.reached)
 

@@ -17,6 +17,7 @@ from recsys.data.sources.files import (
     delimited,
     existing,
     header,
+    is_gzip,
     kept_rows,
     mapped,
     parquet,
@@ -71,7 +72,7 @@ class Events:
     on_corrupt: `refuse` a Parquet log with files or row groups that cannot be read, or `skip` them.
     """
 
-    columns: Mapping[str, str | None] = field(default_factory=dict)
+    columns: Mapping[str, str | None] | None = field(default_factory=dict)
     event_types: Mapping[str, str] = field(default_factory=dict)
     items: str | None = None
     users: str | None = None
@@ -211,13 +212,13 @@ class Events:
         return kept_rows(con, "raw_impressions", table, file).rename({ROW: "row"})
 
     def _wanted(self) -> dict[str, str | None]:
-        for name in self.columns:
+        for name in self.columns or {}:
             if name not in COLUMNS:
                 raise InputError(
                     f"data.source.columns: unknown column {name!r}; known are "
                     f"{', '.join(COLUMNS)}{suggestion(name, COLUMNS)}"
                 )
-        return COLUMNS | dict(self.columns)
+        return COLUMNS | dict(self.columns or {})
 
 
 def _kind_in(parts: Sequence[Part], name: str) -> str:
@@ -226,18 +227,36 @@ def _kind_in(parts: Sequence[Part], name: str) -> str:
 
 
 def _files(found: Path) -> list[Path]:
-    """Return a Parquet file, or all in a folder in the order of their names."""
-    files = sorted(found.glob("**/*.parquet")) if found.is_dir() else [found]
+    """Return a Parquet file, or all in a folder in the order of their names.
+
+    Names that begin with a dot or an underscore are not read, of folders neither: so Spark, Hive
+    and their like mark what is not, or not yet, data.
+    """
+    files = [found]
+    if found.is_dir():
+        all_ = sorted(found.glob("**/*.parquet"))
+        files = [file for file in all_ if not _is_hidden(file.relative_to(found))]
     if not files:
         raise InputError(f"{found}: no *.parquet in this folder; name a file instead")
     return files
+
+
+def _is_hidden(inside: Path) -> bool:
+    """Return whether a part of a path below the log's folder marks it as no data.
+
+    >>> _is_hidden(Path("_temporary/0/part-0.parquet")), _is_hidden(Path("_day=1/a.parquet"))
+    (True, False)
+    """
+    return any(
+        part.startswith(".") or (part.startswith("_") and "=" not in part) for part in inside.parts
+    )
 
 
 def _kind(file: Path) -> str:
     """Return `parquet` or `csv` by the name's ending, before any `.gz`."""
     if file.is_dir():
         return "parquet"
-    suffix = (file.with_suffix("") if file.suffix == ".gz" else file).suffix.lower()
+    suffix = (file.with_suffix("") if is_gzip(file) else file).suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(
             f"{file}: cannot tell the format from its name; expected one of "

@@ -26,6 +26,8 @@ TYPED = {"\t": "\\t"}
 """How a separator is typed that a shell would not leave as it is."""
 FILE = "recsys_file"
 """Columns that the Parquet reader adds; neither is likely in anyone's log."""
+INDEX = re.compile(r"__index_level_\d+__")
+"""What pandas calls an index without a name in Parquet."""
 ALIASES = {
     "user_id": ("user", "userid", "uid", "visitorid", "visitor_id", "customer_id", "session"),
     "item_id": ("item", "itemid", "product_id", "sku", "movieid", "asin", "article_id", "iid"),
@@ -61,9 +63,18 @@ def inside(folder: Path, names: Sequence[str]) -> Path:
     raise InputError(f"{folder}: no {' or '.join(names)} in it; found {found}")
 
 
+def is_gzip(file: Path) -> bool:
+    """Return whether a file's name says that it is packed.
+
+    >>> is_gzip(Path("LOG.CSV.GZ"))
+    True
+    """
+    return file.suffix.lower() == ".gz"
+
+
 def open_text(file: Path, encoding: str = "utf-8-sig") -> IO[str]:
     """Open a text file for reading, unpacking `.gz`."""
-    if file.suffix == ".gz":
+    if is_gzip(file):
         return gzip.open(file, "rt", encoding=encoding, newline="")
     return file.open(encoding=encoding, newline="")
 
@@ -89,13 +100,26 @@ def _essence(message: str) -> str:
 
 
 def header(file: Path, delimiter: str) -> list[str]:
-    """Return the column names in the first line of a delimited text file."""
+    """Return the column names in the first line of a delimited text file.
+
+    One without a name, as pandas writes its index, is `unnamed` of its place.
+    """
     with reading(file), open_text(file) as stream:
-        names = next(csv.reader(stream, delimiter=delimiter), [])
+        given = next(csv.reader(stream, delimiter=delimiter), [])
+    names = [name or unnamed(at) for at, name in enumerate(given)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"{file.name}: column {twice[0]!r} is there twice; rename one")
     return names
+
+
+def unnamed(place: int) -> str:
+    """Return what a column without a name is called.
+
+    >>> unnamed(0)
+    'unnamed_0'
+    """
+    return f"unnamed_{place}"
 
 
 def delimited(
@@ -119,7 +143,12 @@ def delimited(
         delim=delimiter,
         quote=quote,
         escape=quote,
+        compression=_compression(file),
     )
+
+
+def _compression(file: Path) -> str:
+    return "gzip" if is_gzip(file) else "none"
 
 
 def separator(file: Path) -> str:
@@ -130,12 +159,22 @@ def separator(file: Path) -> str:
 
 
 def typed(con: ibis.BaseBackend, file: Path, delimiter: str, texts: Sequence[str]) -> ibis.Table:
-    """Open delimited text with a type a column, as all of its rows have it; `texts` stay text."""
+    """Open delimited text with a type a column, as all of its rows have it; `texts` stay text.
+
+    Columns without a name are left out.
+    """
     text = dict.fromkeys(texts, "VARCHAR")
+    names = header(file, delimiter)
     with reading(file):
-        return con.read_csv(
-            as_named(file), header=True, delim=delimiter, types=text, sample_size=-1
+        table = con.read_csv(
+            as_named(file),
+            header=True,
+            delim=delimiter,
+            types=text,
+            sample_size=-1,
+            compression=_compression(file),
         )
+    return table.drop(*(table.columns[at] for at, name in enumerate(names) if name == unnamed(at)))
 
 
 def json_lines(con: ibis.BaseBackend, file: Path, columns: Mapping[str, str]) -> ibis.Table:
@@ -166,8 +205,12 @@ def as_named(file: Path | str) -> str:
 
 
 def parquet(con: ibis.BaseBackend, files: Sequence[Path]) -> ibis.Table:
-    """Open Parquet files as one table whose ROW column counts through all of them in order."""
-    return parquet_parts(con, [part_of(file) for file in files])
+    """Open Parquet files as one table whose ROW column counts through all of them in order.
+
+    An index that pandas has written beside the columns is left out.
+    """
+    table = parquet_parts(con, [part_of(file) for file in files])
+    return table.drop(*(name for name in table.columns if INDEX.fullmatch(name)))
 
 
 def parquet_parts(
