@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ def main() -> None:
 def histories(engine: Engine, count: int) -> list[list[HistoryEvent | str]]:
     """Return random paths, each as long as the encoder reads."""
     rng = np.random.default_rng(0)
-    length = engine.max_length
+    length = engine.bundle.max_length
     items = np.array(engine.catalogue.ids[1:])[
         rng.integers(len(engine.catalogue.ids) - 1, size=(count, length))
     ]
@@ -72,8 +72,10 @@ def asked(path: list[Any]) -> RecommendRequest:
     return RecommendRequest(history=path, k=20, now=path[-1].timestamp + 30)
 
 
-def own(engine: Engine, path: list[Any], items: list[str]) -> Any:
-    return engine.rank(RankRequest(items=items, history=path, k=20, now=path[-1].timestamp + 30))
+def own(engine: Engine, path: list[Any], items: Sequence[str]) -> Any:
+    return engine.rank(
+        RankRequest(items=list(items), history=path, k=20, now=path[-1].timestamp + 30)
+    )
 
 
 def timed(engine: Engine, paths: list[Any], answer: Callable[[Any], Any]) -> NDArray[np.float64]:
@@ -92,7 +94,8 @@ def titled(engine: Engine, ranker: Ranker) -> str:
         parts = (layout.request_codes, layout.request_numbers, layout.item_codes)
         columns = sum(map(len, (*parts, layout.item_numbers, layout.cross_numbers)))
         columns += layout.vector_width > 0
-    return f"{engine.version}: {columns} columns, history {engine.max_length}, {platform.machine()}"
+    length = engine.bundle.max_length
+    return f"{engine.version}: {columns} columns, history {length}, {platform.machine()}"
 
 
 if __name__ == "__main__":

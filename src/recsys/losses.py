@@ -11,16 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import reduce
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recsys.products import Products, bf16_pays
 from recsys.schema import InputError
 
-Products = Literal["auto", "bf16", "fp32"]
 Kernel = Literal["torch", "liger"]
 Drawn = Literal["uniform", "popularity"]
 ALIGNED = 32
@@ -89,7 +89,7 @@ def full_softmax(
     0.6931
     """
     vectors_ND = items.all()[1:]
-    half = products == "bf16" or (products == "auto" and _bf16_pays(query_PD))
+    half = products == "bf16" or (products == "auto" and bf16_pays(query_PD))
     if kernel == "liger":
         return _liger_softmax(
             query_PD / temperature, vectors_ND, target_P - 1, weight_P, chunk, half
@@ -99,18 +99,6 @@ def full_softmax(
     query_PD = query_PD / temperature
     loss = LinearCrossEntropy.apply(query_PD, vectors_ND, target_P - 1, weight_P, chunk, half)
     return cast(Tensor, loss)
-
-
-def _bf16_pays(query: Tensor) -> bool:
-    """Whether bf16 products are faster here: on a CPU with such instructions, under autocast."""
-    if query.is_cuda:
-        return torch.is_autocast_enabled("cuda")
-    return query.dtype == torch.float32 and _bf16_cpu()
-
-
-@cache
-def _bf16_cpu() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -277,7 +265,7 @@ def sampled_softmax(
         offset_K = offset_K - log_share[times_K.cumsum(0) - 1] - math.log(negatives)
     at_P = torch.searchsorted(drawn_K, target_P).clamp(max=len(drawn_K) - 1)
     hit_P = torch.where(drawn_K[at_P] == target_P, at_P, -1)
-    half = products == "bf16" or (products == "auto" and _bf16_pays(query_PD))
+    half = products == "bf16" or (products == "auto" and bf16_pays(query_PD))
     # One look-up, so that a table gets one gradient of its whole size.
     own_PD, drawn_KD = items.of(torch.cat([target_P, drawn_K])).split([len(target_P), len(drawn_K)])
     query_PD = query_PD / temperature

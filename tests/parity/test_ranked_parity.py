@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -159,3 +163,22 @@ def test_the_bundle_passes_its_own_test(offline: Offline, trained_shop: Workspac
     assert entry["inputs"] == inputs.split()
     features = json.loads((bundle / "ranker" / "features.json").read_text())
     assert features == ranker.tables.features.as_json()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        ("bench_rank_stage.py", ["--requests", "20"], "of the caller"),
+        ("check_explanations.py", ["--people", "8"], "at random"),
+    ],
+)
+def test_scripts_that_ask_an_engine(
+    script: str, words: list[str], said: str, offline: Offline, trained_shop: Workspace
+) -> None:
+    file = Path(__file__).parents[2] / "scripts" / script
+    home = {**os.environ, "RECSYS_HOME": str(trained_shop.root)}
+    done = subprocess.run(
+        [sys.executable, str(file), *words], env=home, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout

@@ -25,11 +25,12 @@ from recsys.models.layers import Attention, Filtered, Gated, Hstu, Recurrent
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 ITEMS, STEPS = 30, 40
 LAYERS = {
-    "attention": Attention,
-    "rotary": partial(Attention, rotary=True),
-    "post-norm": partial(Attention, norm="post"),
-    "filtered": Filtered,
-    "gated": Gated,
+    "attention": partial(Attention, products="fp32"),
+    "attention bf16": partial(Attention, products="bf16"),
+    "rotary": partial(Attention, rotary=True, products="fp32"),
+    "post-norm": partial(Attention, norm="post", products="fp32"),
+    "filtered": partial(Filtered, products="fp32"),
+    "gated": partial(Gated, products="fp32"),
     "hstu": Hstu,
     "recurrent": Recurrent,
 }
@@ -63,7 +64,7 @@ def trained(pair: str) -> list[float]:
     torch.manual_seed(0)
     counts = np.concatenate([[0], np.ones(ITEMS)])
     catalogue = Catalogue(ITEMS, 40, counts, has_time=True, has_types=True)
-    more: dict[str, Any] = {"layer": LAYERS.get(layer, Attention)}
+    more: dict[str, Any] = {"layer": LAYERS.get(layer, LAYERS["attention"])}
     more |= {"interests": 3} if layer == "3 interests" else {}
     model = Trajectory(catalogue, 8, 16, dropout=0.1, **more)
     return _losses(model, LOSSES[loss])

@@ -9,13 +9,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.models.dropout import Dropout
+from recsys.models.packed import LONGEST, PackedAttention, unread
+from recsys.products import Products, bf16_pays
 from recsys.schema import InputError
 
 Norm = Literal["pre", "post"]
@@ -83,8 +85,20 @@ class Path:
             ~self.visible, torch.finfo(torch.float32).min
         )
 
-    def attend(self, query_BHLK: Tensor, key_BHLK: Tensor, value_BHLK: Tensor) -> Tensor:
-        """Return softmax attention over what each position may read."""
+    @cached_property
+    def unread(self) -> Tensor:
+        """What no position of a packed row may read, as something to add: made once."""
+        assert self.segments is not None
+        return unread(self.segments)
+
+    def attend(
+        self, query_BHLK: Tensor, key_BHLK: Tensor, value_BHLK: Tensor, half: bool = False
+    ) -> Tensor:
+        """Return softmax attention over what each position may read; `half`: by bf16 products."""
+        if half:
+            return cast(
+                Tensor, PackedAttention.apply(query_BHLK, key_BHLK, value_BHLK, self.unread)
+            )
         # Dropping attention probabilities costs a fused kernel and buys no quality.
         bias = None if self.bias is None else self.bias.to(query_BHLK.dtype)
         # One query a history reads a mask without NaN: it always sees its own position.
@@ -106,7 +120,7 @@ class Attention(nn.Module):
 
     Source: SASRec (Kang and McAuley 2018, section 3), normalised before each part, or after it by
     `norm=post`; `rotary` turns queries and keys by their place (Su et al. 2021, section 3.4)
-    instead of leaving order to the input alone.
+    instead of leaving order to the input alone. `products`: see `SelfAttention`.
     """
 
     reads_times, answers_asked = False, True
@@ -120,10 +134,12 @@ class Attention(nn.Module):
         feedforward: int = 64,
         rotary: bool = False,
         norm: Norm = "pre",
+        products: Products = "auto",
     ) -> None:
         super().__init__()
         self.norm = norm
-        self.mixer: nn.Module = SelfAttention(dim, heads, max_length if rotary else 0)
+        length = max_length if rotary else 0
+        self.mixer: nn.Module = SelfAttention(dim, heads, length, products)
         self.mixer_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.feedforward = nn.Sequential(
             nn.Linear(dim, feedforward), nn.GELU(), Dropout(dropout), nn.Linear(feedforward, dim)
@@ -161,8 +177,9 @@ class Filtered(Attention):
         norm: Norm = "pre",
         share: float = 0.7,
         width: int = 8,
+        products: Products = "auto",
     ) -> None:
-        super().__init__(dim, max_length, dropout, heads, feedforward, rotary, norm)
+        super().__init__(dim, max_length, dropout, heads, feedforward, rotary, norm, products)
         if not 0 <= share <= 1:
             raise InputError(f"model.layer.share={share}: expected 0 (attention) to 1 (filter)")
         self.mixer = Mixture(CausalFilter(dim, width, dropout), self.mixer, share)
@@ -184,9 +201,10 @@ class Gated(nn.Module):
         heads: int = 2,
         feedforward: int = 256,
         rotary: bool = False,
+        products: Products = "auto",
     ) -> None:
         super().__init__()
-        self.mixer = SelfAttention(dim, heads, max_length if rotary else 0)
+        self.mixer = SelfAttention(dim, heads, max_length if rotary else 0, products)
         self.mixer_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.mixer_gate, self.feedforward_gate = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.widen = nn.Linear(dim, 2 * feedforward)
@@ -308,17 +326,39 @@ class Recurrent(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head softmax attention; `rotary_length` above 0 turns queries and keys by place."""
+    """Multi-head softmax attention; `rotary_length` above 0 turns queries and keys by place.
 
-    def __init__(self, dim: int, heads: int, rotary_length: int = 0) -> None:
+    `products`: the number format in which it is trained on a CPU, where rows are not long; `auto`
+    is bf16 where the processor has such instructions. Answers are always in fp32.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, rotary_length: int = 0, products: Products = "auto"
+    ) -> None:
         super().__init__()
-        self.heads = _checked(heads, dim)
+        if products not in get_args(Products):
+            raise InputError(
+                f"model.layer.products={products}: expected one of {', '.join(get_args(Products))}"
+            )
+        self.heads, self.products = _checked(heads, dim), products
         self.project_in = nn.Linear(dim, 3 * dim)
         self.project_out = nn.Linear(dim, dim)
         self.rotary = Rotary(dim // heads, rotary_length) if rotary_length else None
 
     def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
         """Return hidden_BLD of the positions asked for."""
+        if not self._in_half(hidden_BLD, path):
+            return self._attended(hidden_BLD, path)
+        with torch.autocast("cpu", torch.bfloat16):
+            return self._attended(hidden_BLD, path, half=True).to(hidden_BLD.dtype)
+
+    def _in_half(self, hidden_BLD: Tensor, path: Path) -> bool:
+        trains = path.segments is not None and torch.is_grad_enabled()
+        if not trains or hidden_BLD.device.type != "cpu" or hidden_BLD.shape[1] > LONGEST:
+            return False
+        return self.products == "bf16" or (self.products == "auto" and bf16_pays(hidden_BLD))
+
+    def _attended(self, hidden_BLD: Tensor, path: Path, half: bool = False) -> Tensor:
         query_BLD, key_BLD, value_BLD = self._projected(hidden_BLD, path)
         if torch.onnx.is_in_onnx_export() and self.rotary is None:
             return self.project_out(self._as_one_node(query_BLD, key_BLD, value_BLD, path))
@@ -326,7 +366,7 @@ class SelfAttention(nn.Module):
         if self.rotary is not None:
             query = self.rotary(query, path.asked_positions)
             key = self.rotary(key, path.positions)
-        return self.project_out(path.attend(query, key, value).transpose(1, 2).flatten(2))
+        return self.project_out(path.attend(query, key, value, half).transpose(1, 2).flatten(2))
 
     def _projected(self, hidden_BLD: Tensor, path: Path) -> tuple[Tensor, ...]:
         """Return query, key and value [B, L, D], the query only where asked for."""

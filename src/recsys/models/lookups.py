@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MANY = 50_000
-"""Rows from which on gradients are added up in order."""
+MANY = 16_000
+"""Look-ups from which on gradients are added up in order."""
 Runs = Sequence[tuple[int, bool]]
 """How many neighbouring rows, and whether they are summed."""
 ALONE: Runs = ((1, False),)
@@ -122,14 +122,18 @@ class _Rows(torch.autograd.Function):
 def _add(grad_RA: Tensor, rows_EK: Tensor, grad_EA: Tensor) -> None:
     """Add the gradient of each look-up to the rows that it read.
 
-    Many rows are sorted first: that takes less than to find each in memory. PyTorch sorts 16 bits
-    several times faster than more.
+    Many look-ups are sorted first: that takes less than to find each row in memory. PyTorch sorts
+    16 bits several times faster than more.
     """
-    if rows_EK.numel() < MANY or len(grad_RA) > torch.iinfo(torch.int16).max:
-        for rows_E in rows_EK.unbind(1):
-            grad_RA.index_add_(0, rows_E, grad_EA)
+    if len(rows_EK) < MANY or len(grad_RA) > torch.iinfo(torch.int16).max:
+        grad_RA.index_add_(0, rows_EK.t().flatten(), grad_EA.repeat(rows_EK.shape[1], 1))
         return
-    sorted_, order = rows_EK.t().short().flatten().sort(stable=True)
-    count_R = torch.bincount(sorted_, minlength=len(grad_RA))
+    for rows_E in rows_EK.unbind(1):
+        _add_sorted(grad_RA, rows_E, grad_EA)
+
+
+def _add_sorted(grad_RA: Tensor, rows_E: Tensor, grad_EA: Tensor) -> None:
+    sorted_E, order_E = rows_E.short().sort(stable=True)
+    count_R = torch.bincount(sorted_E, minlength=len(grad_RA))
     starts_R = count_R.cumsum(0) - count_R
-    grad_RA += F.embedding_bag(order % len(grad_EA), grad_EA, starts_R, mode="sum")
+    grad_RA += F.embedding_bag(order_E, grad_EA, starts_R, mode="sum")
