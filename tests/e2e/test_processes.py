@@ -28,7 +28,8 @@ EXACT = "patience=null model.dropout=0 trainer.log_every_n_steps=1"
 # 120 users in batches of 7: the last batch has one, and a process without an example.
 TRAJECTORY = (
     f"{EXACT} trainer.max_epochs=2 data.dataset=ring model.dim=16 batches.size=7 batches.horizon=2 "
-    "loss.products=fp32 objective.type_weights={purchase:4} checkpoint_every.steps=5 averaging=0.5"
+    "loss.products=fp32 model.layer.products=fp32 objective.type_weights={purchase:4} "
+    "checkpoint_every.steps=5 averaging=0.5"
 )
 TWO_TOWER = (
     f"{EXACT} trainer.max_epochs=1 data.dataset=ring model=two_tower batches=pairs logger=csv "
