@@ -52,7 +52,8 @@ def test_answers_and_gradients_are_near_the_exact_ones() -> None:
     (half * weight).sum().backward()
     (exact * weight).sum().backward()
     for mine, theirs in zip(of_half, of_exact, strict=True):
-        assert mine.grad is not None and theirs.grad is not None
+        assert mine.grad is not None
+        assert theirs.grad is not None
         near(mine.grad, theirs.grad)
 
 
@@ -84,7 +85,8 @@ def test_training_is_near_what_answers(make: type[SelfAttention]) -> None:
     half.load_state_dict(exact.state_dict())
     hidden = torch.randn(ROWS, LENGTH, DIM)
     trained = half(hidden, path())
-    assert trained.grad_fn is not None and trained.dtype == torch.float32
+    assert trained.grad_fn is not None
+    assert trained.dtype == torch.float32
     near(trained, exact(hidden, path()))
     assert not torch.equal(trained, exact(hidden, path()))
     with torch.no_grad():
