@@ -34,6 +34,7 @@ from recsys.serving.log import AnswerJournal, LoggedAnswer, Shipper
 from recsys.serving.messages import (
     Answer,
     Boosts,
+    HistoryEvent,
     RankAnswer,
     RankRequest,
     RecommendRequest,
@@ -174,6 +175,28 @@ def test_probabilities_are_those_of_training(
     scores = [item.score or 0.0 for item in answer.items]
     assert scores == sorted(scores, reverse=True)
     assert len(ids(answer)) == 120
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        ["i19", "i20", "i21"],
+        [HistoryEvent(item, timestamp=(NOW + DAY) / 1000) for item in ("i19", "i20", "i21")],
+    ],
+    ids=["without times", "by a clock that is fast"],
+)
+def test_a_history_is_read_as_past_whatever_its_times(
+    engine: Engine, history: list[str | HistoryEvent]
+) -> None:
+    just = [HistoryEvent(item, timestamp=(NOW - 1) / 1000) for item in ("i19", "i20", "i21")]
+    known, asked, nothing = (
+        engine.rank(RankRequest(items=ALL, history=path, now=NOW))
+        for path in (just, history, None)
+    )
+    assert ids(asked) == ids(known)
+    scores, expected = ([item.score for item in answer.items] for answer in (asked, known))
+    assert scores == expected
+    assert scores != [item.score for item in nothing.items]
 
 
 def test_a_recommendation_is_the_ranking_of_its_candidates(engine: Engine, plain: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recsys.models.layers import Attention, Path, SelfAttention
+from recsys.models.layers import Attention, Filtered, Gated, HalfTrained, Path
 from recsys.models.packed import LONGEST, PackedAttention, unread
 from recsys.schema import InputError
 
@@ -78,10 +79,12 @@ def test_every_segment_of_a_row_is_told_apart() -> None:
     assert torch.equal(read, torch.eye(LONGEST, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("make", [SelfAttention, partial(SelfAttention, rotary_length=LENGTH)])
-def test_training_is_near_what_answers(make: type[SelfAttention]) -> None:
+@pytest.mark.parametrize(
+    "make", [Attention, partial(Attention, norm="post", rotary=True), Filtered, Gated]
+)
+def test_training_is_near_what_answers(make: Callable[..., HalfTrained]) -> None:
     torch.manual_seed(0)
-    exact, half = make(DIM, HEADS, products="fp32"), make(DIM, HEADS, products="bf16")
+    exact, half = (make(DIM, LENGTH, 0.0, products=products) for products in ("fp32", "bf16"))
     half.load_state_dict(exact.state_dict())
     hidden = torch.randn(ROWS, LENGTH, DIM)
     trained = half(hidden, path())
@@ -93,14 +96,28 @@ def test_training_is_near_what_answers(make: type[SelfAttention]) -> None:
         assert torch.equal(half(hidden, path()), exact(hidden, path()))
 
 
+@pytest.mark.parametrize("make", [Attention, Gated])
+def test_gradients_of_training_are_near_the_exact_ones(make: Callable[..., HalfTrained]) -> None:
+    torch.manual_seed(0)
+    exact, half = (make(DIM, LENGTH, 0.0, products=products) for products in ("fp32", "bf16"))
+    half.load_state_dict(exact.state_dict())
+    hidden = torch.randn(ROWS, LENGTH, DIM)
+    for layer in (exact, half):
+        layer(hidden, path()).square().sum().backward()
+    for (name, mine), theirs in zip(half.named_parameters(), exact.parameters(), strict=True):
+        assert mine.grad is not None, name
+        assert theirs.grad is not None, name
+        near(mine.grad, theirs.grad)
+
+
 def test_long_rows_are_left_to_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recsys.models.layers.bf16_pays", lambda hidden: True)
-    attention = SelfAttention(DIM, HEADS)
+    layer = Attention(DIM, LENGTH)
     long = torch.zeros(1, LONGEST + 1, DIM)
     ones = torch.ones(1, LONGEST + 1, dtype=torch.int64)
-    assert not attention._in_half(long, Path(ones, segments=ones))
-    assert attention._in_half(long[:, 1:], Path(ones[:, 1:], segments=ones[:, 1:]))
-    assert not attention._in_half(long[:, 1:], Path(torch.arange(LONGEST)))
+    assert not layer._in_half(long, Path(ones, segments=ones))
+    assert layer._in_half(long[:, 1:], Path(ones[:, 1:], segments=ones[:, 1:]))
+    assert not layer._in_half(long[:, 1:], Path(torch.arange(LONGEST)))
 
 
 def test_an_unknown_format_is_refused() -> None:

@@ -91,14 +91,11 @@ class Path:
         assert self.segments is not None
         return unread(self.segments)
 
-    def attend(
-        self, query_BHLK: Tensor, key_BHLK: Tensor, value_BHLK: Tensor, half: bool = False
-    ) -> Tensor:
-        """Return softmax attention over what each position may read; `half`: by bf16 products."""
-        if half:
-            return cast(
-                Tensor, PackedAttention.apply(query_BHLK, key_BHLK, value_BHLK, self.unread)
-            )
+    def attend(self, query_BHLK: Tensor, key_BHLK: Tensor, value_BHLK: Tensor) -> Tensor:
+        """Return softmax attention over what each position may read."""
+        if self.segments is not None and _in_half(query_BHLK):
+            packed = PackedAttention.apply(query_BHLK, key_BHLK, value_BHLK, self.unread)
+            return cast(Tensor, packed)
         # Dropping attention probabilities costs a fused kernel and buys no quality.
         bias = None if self.bias is None else self.bias.to(query_BHLK.dtype)
         # One query a history reads a mask without NaN: it always sees its own position.
@@ -115,12 +112,45 @@ class Path:
         return self.attend(query, nothing, value_B1LD).squeeze(1)
 
 
-class Attention(nn.Module):
+class HalfTrained(nn.Module):
+    """A layer that a CPU trains in bf16, where rows are not long; its answers are in fp32.
+
+    `products`: the number format of its products in training; `auto` is bf16 where the processor
+    has such instructions. Weights, norms and the sum over layers stay in fp32.
+    """
+
+    def __init__(self, products: Products = "auto") -> None:
+        super().__init__()
+        if products not in get_args(Products):
+            raise InputError(
+                f"model.layer.products={products}: expected one of {', '.join(get_args(Products))}"
+            )
+        self.products = products
+
+    def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
+        """Return hidden_BLD of the positions asked for."""
+        if not self._in_half(hidden_BLD, path):
+            return self.read(hidden_BLD, path)
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.read(hidden_BLD, path)
+
+    def read(self, hidden_BLD: Tensor, path: Path) -> Tensor:
+        """Return hidden_BLD of the positions asked for, in the format at hand."""
+        raise NotImplementedError
+
+    def _in_half(self, hidden_BLD: Tensor, path: Path) -> bool:
+        trains = path.segments is not None and torch.is_grad_enabled()
+        if not trains or hidden_BLD.device.type != "cpu" or hidden_BLD.shape[1] > LONGEST:
+            return False
+        return self.products == "bf16" or (self.products == "auto" and bf16_pays(hidden_BLD))
+
+
+class Attention(HalfTrained):
     """Causal self-attention and a feed-forward network, each behind a norm and a residual.
 
     Source: SASRec (Kang and McAuley 2018, section 3), normalised before each part, or after it by
     `norm=post`; `rotary` turns queries and keys by their place (Su et al. 2021, section 3.4)
-    instead of leaving order to the input alone. `products`: see `SelfAttention`.
+    instead of leaving order to the input alone. `products`: see `HalfTrained`.
     """
 
     reads_times, answers_asked = False, True
@@ -136,17 +166,16 @@ class Attention(nn.Module):
         norm: Norm = "pre",
         products: Products = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(products)
         self.norm = norm
-        length = max_length if rotary else 0
-        self.mixer: nn.Module = SelfAttention(dim, heads, length, products)
+        self.mixer: nn.Module = SelfAttention(dim, heads, max_length if rotary else 0)
         self.mixer_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.feedforward = nn.Sequential(
             nn.Linear(dim, feedforward), nn.GELU(), Dropout(dropout), nn.Linear(feedforward, dim)
         )
         self.dropout = Dropout(dropout)
 
-    def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
+    def read(self, hidden_BLD: Tensor, path: Path) -> Tensor:
         """Return hidden_BLD of the positions asked for."""
         if self.norm == "post":
             mixed_BLD = self.dropout(self.mixer(hidden_BLD, path))
@@ -185,7 +214,7 @@ class Filtered(Attention):
         self.mixer = Mixture(CausalFilter(dim, width, dropout), self.mixer, share)
 
 
-class Gated(nn.Module):
+class Gated(HalfTrained):
     """Attention and SwiGLU, each let through by a gate that the layer's input opens.
 
     Source: LiGR (Borisyuk et al. 2024, section 3.2), as eSASRec (Tikhonovich et al. 2025) uses it.
@@ -203,15 +232,15 @@ class Gated(nn.Module):
         rotary: bool = False,
         products: Products = "auto",
     ) -> None:
-        super().__init__()
-        self.mixer = SelfAttention(dim, heads, max_length if rotary else 0, products)
+        super().__init__(products)
+        self.mixer = SelfAttention(dim, heads, max_length if rotary else 0)
         self.mixer_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.mixer_gate, self.feedforward_gate = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.widen = nn.Linear(dim, 2 * feedforward)
         self.narrow = nn.Linear(feedforward, dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
+    def read(self, hidden_BLD: Tensor, path: Path) -> Tensor:
         """Return hidden_BLD of the positions asked for."""
         mixed_BLD = self.mixer(self.mixer_norm(hidden_BLD), path)
         hidden_BLD = path.asked(hidden_BLD)
@@ -326,39 +355,17 @@ class Recurrent(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head softmax attention; `rotary_length` above 0 turns queries and keys by place.
+    """Multi-head softmax attention; `rotary_length` above 0 turns queries and keys by place."""
 
-    `products`: the number format in which it is trained on a CPU, where rows are not long; `auto`
-    is bf16 where the processor has such instructions. Answers are always in fp32.
-    """
-
-    def __init__(
-        self, dim: int, heads: int, rotary_length: int = 0, products: Products = "auto"
-    ) -> None:
+    def __init__(self, dim: int, heads: int, rotary_length: int = 0) -> None:
         super().__init__()
-        if products not in get_args(Products):
-            raise InputError(
-                f"model.layer.products={products}: expected one of {', '.join(get_args(Products))}"
-            )
-        self.heads, self.products = _checked(heads, dim), products
+        self.heads = _checked(heads, dim)
         self.project_in = nn.Linear(dim, 3 * dim)
         self.project_out = nn.Linear(dim, dim)
         self.rotary = Rotary(dim // heads, rotary_length) if rotary_length else None
 
     def forward(self, hidden_BLD: Tensor, path: Path) -> Tensor:
         """Return hidden_BLD of the positions asked for."""
-        if not self._in_half(hidden_BLD, path):
-            return self._attended(hidden_BLD, path)
-        with torch.autocast("cpu", torch.bfloat16):
-            return self._attended(hidden_BLD, path, half=True).to(hidden_BLD.dtype)
-
-    def _in_half(self, hidden_BLD: Tensor, path: Path) -> bool:
-        trains = path.segments is not None and torch.is_grad_enabled()
-        if not trains or hidden_BLD.device.type != "cpu" or hidden_BLD.shape[1] > LONGEST:
-            return False
-        return self.products == "bf16" or (self.products == "auto" and bf16_pays(hidden_BLD))
-
-    def _attended(self, hidden_BLD: Tensor, path: Path, half: bool = False) -> Tensor:
         query_BLD, key_BLD, value_BLD = self._projected(hidden_BLD, path)
         if torch.onnx.is_in_onnx_export() and self.rotary is None:
             return self.project_out(self._as_one_node(query_BLD, key_BLD, value_BLD, path))
@@ -366,7 +373,7 @@ class SelfAttention(nn.Module):
         if self.rotary is not None:
             query = self.rotary(query, path.asked_positions)
             key = self.rotary(key, path.positions)
-        return self.project_out(path.attend(query, key, value, half).transpose(1, 2).flatten(2))
+        return self.project_out(path.attend(query, key, value).transpose(1, 2).flatten(2))
 
     def _projected(self, hidden_BLD: Tensor, path: Path) -> tuple[Tensor, ...]:
         """Return query, key and value [B, L, D], the query only where asked for."""
@@ -453,6 +460,12 @@ class CausalFilter(nn.Module):
             total_BLD = total_BLD + there_BL1 * weights_KD[back] * earlier_BLD
             weight_BLD = weight_BLD + there_BL1 * weights_KD[back]
         return total_BLD / weight_BLD
+
+
+def _in_half(part_BHLK: Tensor) -> bool:
+    """Whether queries, keys or values are of a layer that a CPU trains in bf16."""
+    half = torch.is_autocast_enabled("cpu") and part_BHLK.device.type == "cpu"
+    return half and part_BHLK.shape[2] <= LONGEST
 
 
 def _heads(part_BLD: Tensor, heads: int) -> Tensor:

@@ -39,6 +39,16 @@ class Trajectory(NamedTuple):
         return Trajectory(items[events], types[events], times[events], values[events])
 
 
+    def before(self, now: int) -> Trajectory:
+        """Return the path with what is dated `now` or later, or not at all, as just happened.
+
+        >>> Trajectory(*np.array([[7, 8], [1, 1], [1000, 2000], [30, 40]])).before(2000).times
+        array([1000, 1999])
+        """
+        late = len(self.times) > 0 and self.times[-1] >= now
+        return self._replace(times=np.minimum(self.times, now - 1)) if late else self
+
+
 NONE = np.zeros(0, np.int64)
 EMPTY = Trajectory(NONE, NONE, NONE, np.zeros(0, np.float32))
 

@@ -67,7 +67,8 @@ class Reader:
         """Resolve one request for people by their rows plus one, 0 for unknown, and their paths.
 
         now: milliseconds. unknown: ids of items in it that the bundle does not have. seen: items
-        beside those of the path that are not to be recommended again.
+        beside those of the path that are not to be recommended again. What a path holds lies before
+        the moment asked, whatever its clock says.
         Raises InputError where the request cannot be answered with this bundle.
         """
         excluded = [*seen, *_indices(view, request.exclude_items, unknown)]
@@ -80,7 +81,7 @@ class Reader:
             requested, weights_T = self._asked_of_ranker(request, user, at)
             reading = Reading(
                 view=view,
-                path=path.last(self.reach),
+                path=path.last(self.reach).before(at),
                 out=passed_over(excluded, path if request.exclude_seen else EMPTY),
                 filter=chosen,
                 rules=rules,
