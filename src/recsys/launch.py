@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 import sys
@@ -31,8 +32,10 @@ LEAST: dict[str, tuple[type, float]] = {
     "patience": (int, 1),
     "batches.size": (int, 1),
     "model.dim": (int, 1),
-    "model.max_length": (int, 1),
+    "model.max_length": (int, 2),
     "optimizer.lr": (float, 0),
+    "ranking.listwise": (float, 0),
+    "ranking.candidates": (int, 1),
 }
 """The least value of settings that no constructor checks."""
 OF_FIRST = (*OF_RETRIEVAL, "model", "batches", "name")
@@ -74,7 +77,7 @@ def _refuse_impossible(config: DictConfig) -> None:
         if value is None:
             continue
         number = isinstance(value, kind | int) and not isinstance(value, bool)
-        if not number or value < least:
+        if not number or not least <= value < math.inf:
             words = "a whole number" if kind is int else "a number"
             raise InputError(f"{key}={value}: expected {words}, {least:g} or more")
 

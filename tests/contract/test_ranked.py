@@ -190,8 +190,7 @@ def test_a_history_is_read_as_past_whatever_its_times(
 ) -> None:
     just = [HistoryEvent(item, timestamp=(NOW - 1) / 1000) for item in ("i19", "i20", "i21")]
     known, asked, nothing = (
-        engine.rank(RankRequest(items=ALL, history=path, now=NOW))
-        for path in (just, history, None)
+        engine.rank(RankRequest(items=ALL, history=path, now=NOW)) for path in (just, history, None)
     )
     assert ids(asked) == ids(known)
     scores, expected = ([item.score for item in answer.items] for answer in (asked, known))

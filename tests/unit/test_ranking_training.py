@@ -25,6 +25,7 @@ from recsys.features.transitions import PARTS
 from recsys.training.first_stage import Retrieval
 from recsys.training.ranker_runs import load_ranker
 from recsys.training.runs import BEST, load_run, read_config
+from recsys.training.task_test import columns_of
 from recsys.training.train import retest
 
 FILES = {
@@ -172,6 +173,15 @@ def test_tasks_are_chosen_and_statistics_of_others_stay(
     assert "trained without a retriever" in capsys.readouterr().err
 
 
+def test_importance_is_measured_of_all_that_a_ranker_reads(ranked: Workspace) -> None:
+    ranker = load_ranker(ranked.find("run", "second"))
+    inputs = ranker.model.inputs
+    places = columns_of(ranker.tables.features.layout, inputs)
+    assert {place.array for column in places.values() for place in column} == set(inputs)
+    assert {place.array for place in places["path"]} > {"path_codes", "types"}
+
+
+EARLY = ["examples.cut.validation_share=0.003", "examples.cut.test_share=0.1"]
 LATE = ["examples.cut.validation_share=0.01", "examples.cut.test_share=0.01"]
 
 
@@ -190,8 +200,22 @@ LATE = ["examples.cut.validation_share=0.01", "examples.cut.test_share=0.01"]
         (["ranking.weights=learnt"], "ranking.weights=learnt: expected learned, or a weight"),
         (["ranking.calibration=plat"], "unknown calibration 'plat' of view.*'platt'?"),
         (["ranking.calibration={vew: platt}"], "calibration of unknown task 'vew'"),
-        (["ranking.candidates=0"], "ranking.candidates=0; expected 0 or more, and 1 or more"),
-        (["ranking.listwise=-1"], "ranking.listwise=-1"),
+        (["ranking.tasks=view"], "ranking.tasks=view: expected a list of tasks, as in [view, pur"),
+        (["ranking.blend=view"], "ranking.blend=view: expected numbers of tasks, as in {view: 2}"),
+        (["ranking.blend={view: much}"], "ranking.blend.view=much: expected a number, as in 2 or"),
+        (["ranking.blend={view: nan}"], "ranking.blend.view=nan: expected a number"),
+        (["ranking.weights={cart: much}"], "ranking.weights.cart=much: expected a number, as in"),
+        (["ranking.weights=2"], "ranking.weights=2: expected numbers of tasks, as in {view: 2}"),
+        (["ranking.candidates=0"], "ranking.candidates=0: expected a whole number, 1 or more"),
+        (["ranking.candidates=1.5"], "ranking.candidates=1.5: expected a whole number, 1 or more"),
+        (["ranking.listwise=-1"], "ranking.listwise=-1: expected a number, 0 or more"),
+        (["ranking.listwise=nan"], "ranking.listwise=nan: expected a number, 0 or more"),
+        (["ranking.listwise=much"], "ranking.listwise=much: expected a number, 0 or more"),
+        (["model.max_length=1"], "model.max_length=1: expected a whole number, 2 or more"),
+        (
+            ["ranking.tasks=[purchase]", *EARLY],
+            "items shown in the validation part have no task (purchase) with a yes and a no, so",
+        ),
         (["+ranking.listwisse=1"], "unknown setting ranking.listwisse; did you mean 'listwise'?"),
         (["ranking.retriever=nobody"], "no run named 'nobody'"),
         (["ranking.retriever=second"], "ranking.retriever=second is a ranker, second"),

@@ -38,7 +38,6 @@ class Trajectory(NamedTuple):
         items, types, times, values = self
         return Trajectory(items[events], types[events], times[events], values[events])
 
-
     def before(self, now: int) -> Trajectory:
         """Return the path with what is dated `now` or later, or not at all, as just happened.
 

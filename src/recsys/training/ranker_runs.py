@@ -6,6 +6,7 @@ Shapes: T tasks.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,14 @@ class RankingSettings:
 
     @classmethod
     def of(cls, config: DictConfig) -> RankingSettings:
-        """Read them of a whole config."""
-        return cls(**cast("dict[str, Any]", OmegaConf.to_object(config.ranking)))
+        """Read them of a whole config; raises InputError where tasks are no list."""
+        found = cls(**cast("dict[str, Any]", OmegaConf.to_object(config.ranking)))
+        if isinstance(found.tasks, list | None):
+            return found
+        raise InputError(
+            f"ranking.tasks={found.tasks}: expected a list of tasks, as in [view, purchase], or "
+            "null for all that the examples have"
+        )
 
     @property
     def method(self) -> Mapping[str, str] | str:
@@ -56,11 +63,6 @@ class RankingSettings:
             raise InputError(
                 f"ranking.tasks=[{', '.join(tasks)}]: expected a task of yes or no among them, as "
                 "in [view, dwell]"
-            )
-        if self.listwise < 0 or self.candidates < 1:
-            raise InputError(
-                f"ranking.listwise={self.listwise}, ranking.candidates={self.candidates}; expected "
-                "0 or more, and 1 or more"
             )
         self._check_weights(tasks)
         blend_of(self.blend, tasks)
@@ -81,8 +83,14 @@ class RankingSettings:
                 raise InputError(f"ranking.weights.{name}={weight}: expected 0 or more")
 
 
-def _check_tasks(setting: str, given: Mapping[str, float], tasks: Sequence[str]) -> None:
-    for name in given:
+def _check_tasks(setting: str, given: Any, tasks: Sequence[str]) -> None:
+    """Refuse what is not a finite number for each of some tasks."""
+    if not isinstance(given, Mapping):
+        raise InputError(f"{setting}={given}: expected numbers of tasks, as in {{{tasks[0]}: 2}}")
+    for name, value in given.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
+            raise InputError(f"{setting}.{name}={value}: expected a number, as in 2 or 0.5")
         if name not in tasks:
             raise InputError(
                 f"{setting}: no task {name!r}; the ranker has {', '.join(tasks)}"

@@ -30,7 +30,7 @@ from recsys.evaluation.scorers import Scorer
 from recsys.evaluation.significance import RANKS
 from recsys.evaluation.two_stage import TwoStages
 from recsys.models.ranker import Ranker
-from recsys.schema import InputError
+from recsys.schema import DWELL, InputError
 from recsys.task_losses import Uncertainty, multi_task
 from recsys.training.callbacks import Validation, averaged
 from recsys.training.first_stage import Retrieval, check_past, open_retriever
@@ -214,6 +214,7 @@ class RankingJob:
         wanted = self.log.tasks if self.settings.tasks is None else self.settings.tasks
         learned = _of_tasks(self.log, wanted)
         self.settings.check(learned.tasks)
+        _check_told(learned)
         told = single_columns(self.dataset, learned, features.columns)
         labels_RT = learned.labels[training_rows(learned)]
         refuse_leaks(told, labels_RT, learned.tasks, allow=self.config.features_allow)
@@ -255,3 +256,17 @@ def _of_tasks(examples: Examples, wanted: Sequence[str]) -> Examples:
     labels = [np.zeros((len(examples.items), 0), np.float32)]
     labels += [examples.label(task)[:, None] for task in wanted]
     return replace(examples, tasks=tuple(wanted), labels=np.concatenate(labels, axis=1))
+
+
+def _check_told(examples: Examples) -> None:
+    """Raise InputError where validation has no task of both classes: no epoch is its best."""
+    labels_RT = examples.labels[examples.rows("validation")]
+    binary = [place for place, task in enumerate(examples.tasks) if task != DWELL]
+    if any({0, 1} <= set(np.unique(labels_RT[:, place])) for place in binary):
+        return
+    names = ", ".join(examples.tasks[place] for place in binary)
+    raise InputError(
+        f"the {len(labels_RT):,} items shown in the validation part have no task ({names}) with a "
+        "yes and a no, so that no epoch can be told from another; set both "
+        "examples.cut.validation_share and examples.cut.test_share to more, or give more"
+    )

@@ -272,5 +272,6 @@ def columns_of(layout: Layout, inputs: Sequence[str]) -> dict[str, list[Place]]:
     if "queries" in inputs:
         of_items = [Place(name, shown=True) for name in ("candidate_vectors", "retrieval_scores")]
         found["retrieval"] = [Place("queries"), *of_items]
-    path = [Place(name) for name in ("path_codes", "types", "gaps", "lengths") if name in inputs]
+    others = {place.array for places in found.values() for place in places}
+    path = [Place(name) for name in inputs if name not in others]
     return found | ({"path": path} if path else {})

@@ -43,17 +43,17 @@ def predict(
 def measured(logit_RT: NDArray[np.floating], examples: Shown, part: str) -> dict[str, float]:
     """Return figures of logits on a part, with `auc` and `log_loss` as means over binary tasks.
 
-    What is not defined, such as an AUC of one class, is left out.
+    What is not defined, such as an AUC of one class, is left out; a mean of nothing too.
     """
     rows, tasks = examples.examples.rows(part), examples.examples.tasks
     probability_RT = probabilities(logit_RT, tasks)
     labels_RT = examples.examples.labels[rows]
     found = task_metrics(probability_RT, labels_RT, tasks, examples.users_of(part))
     found = {name: value for name, value in found.items() if np.isfinite(value)}
-    means = {}
+    means: dict[str, float] = {}
     for name in ("auc", "log_loss"):
         values = [found[f"{task}/{name}"] for task in tasks if f"{task}/{name}" in found]
-        means[name] = float(np.mean(values)) if values else 0.0
+        means |= {name: float(np.mean(values))} if values else {}
     return means | found
 
 
