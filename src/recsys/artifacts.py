@@ -17,6 +17,8 @@ from recsys import __version__
 from recsys.schema import InputError
 
 MANIFEST = "manifest.json"
+LAST = Path("checkpoints/last.ckpt")
+"""In a run: where its training goes on from."""
 SCHEMA_VERSIONS = {"dataset": 2, "run": 1, "bundle": 1, "recommendations": 1}
 """Version of each kind of directory; another version is refused, not guessed at."""
 MAKE_AGAIN = {
@@ -85,7 +87,10 @@ def read_manifest(directory: Path, kind: str) -> dict[str, Any]:
     path = directory / MANIFEST
     again = f"make it again with `{MAKE_AGAIN[kind]}`"
     if not path.is_file():
-        raise InputError(f"{directory}: not a {kind}: no {MANIFEST} in it; {again}")
+        unfinished = kind == "run" and (directory / LAST).is_file()
+        next_ = f"go on with `recsys train resume={directory.name}`" if unfinished else again
+        met = "not finished" if unfinished else f"not a {kind}"
+        raise InputError(f"{directory}: {met}: no {MANIFEST} in it; {next_}")
     try:
         manifest = json.loads(path.read_text())
     except ValueError as error:

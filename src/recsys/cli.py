@@ -158,18 +158,15 @@ def compare(arguments: Arguments) -> Outcome:
     """Two runs → differences with paired bootstrap intervals."""
     from rich.console import Console
 
-    from recsys.evaluation.significance import compare as compare_runs
+    from recsys.evaluation.shown import comparisons
 
     workspace = Workspace()
     left, right = (workspace.find("run", name) for name in (arguments.left, arguments.right))
-    comparison = compare_runs(left, right)
-    Console().print(comparison.table())
-    return Outcome(
-        f"comparison of {left.name} and {right.name}",
-        "above",
-        "recsys ui",
-        comparison.as_dict(),
-    )
+    first, *shown = comparisons(left, right)
+    for comparison in (first, *shown):
+        Console().print(comparison.table())
+    facts = first.as_dict() | ({"shown": shown[0].as_dict()} if shown else {})
+    return Outcome(f"comparison of {left.name} and {right.name}", "above", "recsys ui", facts)
 
 
 def export(arguments: Arguments) -> Outcome:

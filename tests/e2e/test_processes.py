@@ -15,11 +15,10 @@ import torch
 from mlflow import MlflowClient
 
 from ranked_shop import SHOP
-from recsys.artifacts import Workspace
+from recsys.artifacts import LAST, Workspace
 from recsys.cli import main
 from recsys.evaluation.protocol import Evaluation
 from recsys.evaluation.significance import RANKS
-from recsys.training.runs import LAST
 
 pytestmark = pytest.mark.timeout(900)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

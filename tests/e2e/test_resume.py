@@ -14,11 +14,10 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from recsys.artifacts import Workspace
+from recsys.artifacts import LAST, Workspace
 from recsys.cli import main
 from recsys.optimizers import Cosine
 from recsys.training.checkpoints import WholeCheckpoints
-from recsys.training.runs import LAST
 
 EPOCHS, STEPS, LEARNING_RATE = 4, 40, 0.002
 TRAIN = (

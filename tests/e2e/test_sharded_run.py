@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from recsys.artifacts import Workspace
+from recsys.artifacts import LAST, Workspace
 from recsys.cli import main
-from recsys.training.runs import BEST, LAST, TABLES
+from recsys.training.runs import BEST, TABLES
 from torchrec_here import lacking
 
 pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking())

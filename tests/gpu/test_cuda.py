@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from recsys import losses
-from recsys.artifacts import Workspace
+from recsys.artifacts import LAST, Workspace
 from recsys.cli import main
 from recsys.config import config_dir
 from recsys.evaluation.device_search import Kind, faiss_gpus, searcher
@@ -28,7 +28,7 @@ from recsys.evaluation.scorers import ModelScorer
 from recsys.losses import ItemSide
 from recsys.serving.engine import Engine
 from recsys.serving.messages import RecommendRequest
-from recsys.training.runs import LAST, load_run
+from recsys.training.runs import load_run
 from tiny_bundles import write_tiny_bundle
 
 CUDA = torch.cuda.is_available()

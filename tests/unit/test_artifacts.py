@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from recsys.artifacts import Workspace, read_manifest, verify, write_json, write_manifest, writing
+from recsys.artifacts import (
+    LAST,
+    Workspace,
+    read_manifest,
+    verify,
+    write_json,
+    write_manifest,
+    writing,
+)
 from recsys.cli import explain
 from recsys.schema import InputError
 
@@ -52,6 +60,10 @@ def test_another_version_or_kind_is_refused(tmp_path: Path, change: dict, messag
 
 def test_no_manifest_or_half_of_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no manifest.json in it; make it again with"):
+        read_manifest(tmp_path, "run")
+    (tmp_path / LAST).parent.mkdir()
+    (tmp_path / LAST).write_bytes(b"weights")
+    with pytest.raises(InputError, match=rf"not finished.*recsys train resume={tmp_path.name}"):
         read_manifest(tmp_path, "run")
     (tmp_path / "manifest.json").write_text('{"kind": "ru')
     with pytest.raises(InputError, match="not JSON"):

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ FILES = {
     "ranks-test.parquet",
     "reliability.png",
     "run.json",
+    "shown-test.parquet",
 }
 TABLES = (
     *("features.json", "item_codes.npy", "item_numbers.npy", "item_raw.npy"),
@@ -182,6 +184,51 @@ def test_importance_is_measured_of_all_that_a_ranker_reads(ranked: Workspace) ->
 
 
 EARLY = ["examples.cut.validation_share=0.003", "examples.cut.test_share=0.1"]
+
+
+@pytest.fixture
+def compared(
+    ranked: Workspace, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str, str], dict[str, Any]]:
+    def compare(left: str, right: str) -> dict[str, Any]:
+        assert main(["compare", left, right, "--json"]) == 0, capsys.readouterr().err
+        return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
+
+    return compare
+
+
+def test_rankers_without_a_retriever_are_compared_by_their_tasks(
+    ranked: Workspace, compared: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = trained(capsys, "ranking.tasks=[view,dwell]", "name=alone", "seed=5")
+    found = compared("second", "alone")
+    assert set(found["rows"]) == {"view auc", "view gauc"}
+    row, second = found["rows"]["view auc"], read_manifest(ranked.find("run", "second"), "run")
+    assert row["left"] == pytest.approx(second["metrics"]["test"]["view/auc"], abs=1e-6)
+    assert row["right"] == pytest.approx(result["test"]["view/auc"], abs=1e-6)
+    low, mean, high = (row["difference"][name] for name in ("low", "mean", "high"))
+    assert low < mean < high
+    assert mean == pytest.approx(row["right"] - row["left"])
+    assert main(["compare", "first", "alone"]) == 2
+    assert "run first is a retriever: it says nothing of what was shown" in capsys.readouterr().err
+    trained(capsys, "ranking.tasks=[cart]", "name=other")
+    assert main(["compare", "alone", "other"]) == 2
+    assert "their tests have the tasks view and cart;" in capsys.readouterr().err
+
+
+def test_two_stages_are_compared_by_ranks_and_tasks(
+    compared: Callable[..., dict[str, Any]],
+) -> None:
+    found = compared("second", "second")
+    assert "ndcg@10" in found["rows"]
+    assert set(found["shown"]["rows"]) == {
+        f"{task} {figure}"
+        for task in ("view", "favourite", "cart", "purchase")
+        for figure in ("auc", "gauc")
+    }
+    assert all(row["difference"]["mean"] == 0 for row in found["shown"]["rows"].values())
+
+
 LATE = ["examples.cut.validation_share=0.01", "examples.cut.test_share=0.01"]
 
 

@@ -11,11 +11,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from recsys.artifacts import Workspace
+from recsys.artifacts import LAST, Workspace
 from recsys.cli import main
 from recsys.training import train
 from recsys.training.retrieval import RetrievalJob
-from recsys.training.runs import LAST
 
 TRAIN = ["train", "trainer=cpu", "model.dim=8", "trainer.max_epochs=1", "patience=null"]
 
@@ -96,7 +95,7 @@ def test_what_changes_a_result_is_a_parameter(prepared: Workspace) -> None:
         ("patience=0", "patience=0: expected a whole number, 1 or more"),
         ("batches.size=abc", "batches.size=abc: expected a whole number, 1 or more"),
         ("optimizer.lr=-1", "optimizer.lr=-1: expected a number, 0 or more"),
-        ("model.max_length=0", "model.max_length=0: expected a whole number, 1 or more"),
+        ("model.max_length=0", "model.max_length=0: expected a whole number, 2 or more"),
     ],
 )
 def test_what_no_run_can_have_is_refused_before_one_begins(

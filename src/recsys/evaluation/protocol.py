@@ -45,6 +45,16 @@ HEAD, MIDDLE = 1 / 3, 2 / 3
 METADATA = b"recsys.evaluation"
 
 
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a table through a neighbour file, so that a reader never sees half of it."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        pq.write_table(table, scratch)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 class Requests(NamedTuple):
     """Each predicted user, the place and item of the event to predict, and its time: int64 [Q]."""
 
@@ -89,12 +99,7 @@ class Evaluation:
         assert self.per_user is not None, "evaluate with details=True to save"
         facts = {k: v for k, v in vars(self).items() if k != "per_user"}
         table = self.per_user.replace_schema_metadata({METADATA: json.dumps(facts)})
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            pq.write_table(table, scratch)
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        write_parquet(path, table)
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:

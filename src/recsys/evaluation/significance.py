@@ -80,11 +80,16 @@ class Comparison:
         return table
 
     def _caption(self) -> str:
-        seen = "removed" if self.protocol["exclude_seen"] else "kept"
+        removed = self.protocol.get("exclude_seen")
+        seen = "shown items" if removed is None else f"seen items {_kept(removed)}"
         return (
-            f"{self.protocol['dataset']}, {self.protocol['part']}, seen items {seen}; paired "
+            f"{self.protocol['dataset']}, {self.protocol['part']}, {seen}; paired "
             f"bootstrap over {self.users:,} users, {self.resamples:,} resamples"
         )
+
+
+def _kept(removed: bool) -> str:
+    return "removed" if removed else "kept"
 
 
 def _cells(row: Compared) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from recsys.models.tables import sharded_tables
 from recsys.schema import InputError
 from recsys.training.table_file import read_tables
 
-BEST, LAST = Path("checkpoints/best.ckpt"), Path("checkpoints/last.ckpt")
+BEST = Path("checkpoints/best.ckpt")
 BEFORE, OLD, OLD_BEFORE = "run before", "old_holdout", "old_holdout_before"
 """Metrics of a continued run: the run before on the test part, and both on that run's own."""
 TABLES = "tables"

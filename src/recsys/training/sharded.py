@@ -14,11 +14,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from recsys import peers
+from recsys.artifacts import LAST
 from recsys.losses import ItemSide
 from recsys.models.tables import Sharded, sharded_tables
 from recsys.schema import InputError
 from recsys.training.module import Loss, RetrieverModule
-from recsys.training.runs import LAST, TABLES, short_name
+from recsys.training.runs import TABLES, short_name
 from recsys.training.shards import Shards
 
 

@@ -26,6 +26,7 @@ from recsys.evaluation.plots import learning_curves
 from recsys.evaluation.protocol import Evaluation, history_buckets, popularity_buckets
 from recsys.evaluation.report import report_table, slices_table
 from recsys.evaluation.scorers import EvaluationBatch
+from recsys.evaluation.shown import Said
 from recsys.evaluation.significance import compare_evaluations
 from recsys.evaluation.task_plots import importance_plot, reliability_plot
 from recsys.features import Layout
@@ -196,6 +197,11 @@ def tasks_tested(
         importance_plot(what_matters(shown, model), folder / "importance.png"),
     ]
     users_R, groups = shown.users_of("test"), groups_of(shown)
+    items_R = shown.examples.items[shown.examples.rows("test")]
+    dataset = shown.dataset
+    facts = {"dataset": dataset.path.name, "fingerprint": dataset.fingerprint, "part": "test"}
+    said = Said.of(facts, model.tasks, users_R, items_R, labels_RT, pair["calibrated"])
+    files.append(said.save(folder))
     slices = slice_metrics(pair["calibrated"], labels_RT, model.tasks, users_R, groups)
     return TaskTested(model.tasks, metrics, files, slices=slices)
 

@@ -25,7 +25,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from recsys import peers
-from recsys.artifacts import MANIFEST, Workspace, read_manifest, write_json, write_manifest
+from recsys.artifacts import LAST, MANIFEST, Workspace, read_manifest, write_json, write_manifest
 from recsys.data.batches import Batches, Steps
 from recsys.data.dataset import Dataset
 from recsys.schema import InputError
@@ -34,7 +34,7 @@ from recsys.training.checkpoints import Bookmark, WholeCheckpoints
 from recsys.training.memory import keep_large_buffers, out_of_memory, what_to_lower
 from recsys.training.module import Schedule, SeededModule
 from recsys.training.processes import launched, restartable, settle, told
-from recsys.training.runs import BEST, LAST, dataset_of, read_config, short_name
+from recsys.training.runs import BEST, dataset_of, read_config, short_name
 from recsys.training.tracking import Tracker, flatten, make_tracker
 
 MADE_BY_MANIFEST = ("kind", "schema_version", "recsys_version", "created", "files", "fingerprint")
