@@ -33,6 +33,7 @@ LEAST: dict[str, tuple[type, float]] = {
     "batches.size": (int, 1),
     "model.dim": (int, 1),
     "model.max_length": (int, 2),
+    "loss.shared": (int, 1),
     "optimizer.lr": (float, 0),
     "ranking.listwise": (float, 0),
     "ranking.candidates": (int, 1),

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -249,6 +249,7 @@ def sampled_softmax(
     by: Drawn = "uniform",
     logq: bool = True,
     temperature: float = 1.0,
+    shared: int = 1024,
     chunk: int = 1024,
     products: Products = "auto",
     weight_P: Tensor | None = None,
@@ -256,23 +257,51 @@ def sampled_softmax(
     """Cross-entropy of the target among shared negatives, corrected for how they were drawn.
 
     Source: Bengio and Senécal 2008 (sampled softmax); the correction is log(K q) off each negative.
-    chunk, products: as of `full_softmax`.
+    shared: so many positions have the same negatives; others cost nothing, and the more of the
+    catalogue a step meets, the nearer it is to the full softmax. chunk, products: as of
+    `full_softmax`.
     """
+    parts = sharing(len(target_P), shared)
+    draws = [_draw(items, target_P[part], negatives, by, logq) for part in parts]
+    half = products == "bf16" or (products == "auto" and bf16_pays(query_PD))
+    # One look-up, so that a table gets one gradient of its whole size.
+    wanted = [target_P, *(draw.items_K for draw in draws)]
+    own_PD, *drawn = items.of(torch.cat(wanted)).split([len(one) for one in wanted])
+    query_PD = query_PD / temperature
+    total = query_PD.new_zeros((), dtype=torch.float32)
+    for part, draw, drawn_KD in zip(parts, draws, drawn, strict=True):
+        weight_C = None if weight_P is None else weight_P[part]
+        rows = query_PD[part], own_PD[part], drawn_KD, draw.offset_K, draw.hit_P
+        mean = SampledCrossEntropy.apply(*rows, weight_C, chunk, half)
+        total = total + mean * (len(query_PD[part]) / max(1, len(query_PD)))
+    return total
+
+
+def sharing(positions: int, shared: int) -> list[slice]:
+    """Return which positions have the same negatives; there is one draw where there are none.
+
+    >>> sharing(5, 2), sharing(0, 2)
+    ([slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)], [slice(0, 2, None)])
+    """
+    return [slice(at, at + shared) for at in range(0, max(1, positions), shared)]
+
+
+class Negatives(NamedTuple):
+    """Distinct drawn items, what is added to their scores, and which is a position's own, or -1."""
+
+    items_K: Tensor
+    offset_K: Tensor
+    hit_P: Tensor
+
+
+def _draw(items: ItemSide, target_P: Tensor, negatives: int, by: Drawn, logq: bool) -> Negatives:
     drawn, log_share = items.sample(negatives, by)
     drawn_K, times_K = drawn.unique_consecutive(return_counts=True)
     offset_K = times_K.log()
     if logq:
         offset_K = offset_K - log_share[times_K.cumsum(0) - 1] - math.log(negatives)
     at_P = torch.searchsorted(drawn_K, target_P).clamp(max=len(drawn_K) - 1)
-    hit_P = torch.where(drawn_K[at_P] == target_P, at_P, -1)
-    half = products == "bf16" or (products == "auto" and bf16_pays(query_PD))
-    # One look-up, so that a table gets one gradient of its whole size.
-    own_PD, drawn_KD = items.of(torch.cat([target_P, drawn_K])).split([len(target_P), len(drawn_K)])
-    query_PD = query_PD / temperature
-    loss = SampledCrossEntropy.apply(
-        query_PD, own_PD, drawn_KD, offset_K, hit_P, weight_P, chunk, half
-    )
-    return cast(Tensor, loss)
+    return Negatives(drawn_K, offset_K, torch.where(drawn_K[at_P] == target_P, at_P, -1))
 
 
 class SampledCrossEntropy(torch.autograd.Function):

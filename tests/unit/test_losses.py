@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from recsys import losses
 from recsys.losses import ItemSide
 from recsys.schema import InputError
+from recsys.training.sharded import read_by
 
 
 def side(vectors: Tensor, share: Tensor | None = None) -> ItemSide:
@@ -71,6 +73,53 @@ def test_sampled_softmax_nears_the_full_one(shape: tuple[int, ...]) -> None:
         assert sampled == pytest.approx(full, rel=0.01)
     uncorrected = losses.sampled_softmax(query, target, items, negatives=20_000, logq=False)
     assert uncorrected.item() > full + 1
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_negatives_are_shared_by_so_many_positions(weighted: bool) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(20, 8, dtype=torch.float64, requires_grad=True)
+    vectors = torch.randn(31, 8, dtype=torch.float64, requires_grad=True)
+    target, weight = torch.randint(1, 31, (20,)), torch.rand(20).double() if weighted else None
+    items = side(vectors)
+    settings: dict[str, Any] = {"negatives": 4, "products": "fp32"}
+    torch.manual_seed(1)
+    ours = losses.sampled_softmax(query, target, items, shared=8, weight_P=weight, **settings)
+    torch.manual_seed(1)
+    apart = [
+        losses.sampled_softmax(
+            query[part],
+            target[part],
+            items,
+            weight_P=None if weight is None else weight[part],
+            **settings,
+        )
+        * (len(target[part]) / 20)
+        for part in (slice(0, 8), slice(8, 16), slice(16, 20))
+    ]
+    assert_same(ours, torch.stack(apart).sum(), (query, vectors))
+    torch.manual_seed(1)
+    assert losses.sampled_softmax(query, target, items, **settings).item() != ours.item()
+
+
+@pytest.mark.parametrize("positions", [0, 5, 8, 20])
+def test_what_a_sampled_loss_reads_is_known_before(positions: int) -> None:
+    """Sharded tables fetch it first: every draw, in order, from the batch's targets and padding."""
+    target = torch.randint(1, 31, (positions,))
+    read: list[Tensor] = []
+
+    def of(index: Tensor) -> Tensor:
+        read.append(index)
+        return torch.zeros(*index.shape, 8)
+
+    draws = torch.Generator()
+    loss = partial(losses.sampled_softmax, negatives=4, shared=8)
+    items = ItemSide(lambda: torch.zeros(31, 8), of, side(torch.zeros(31, 8)).share, draws)
+    padded = torch.cat([target, torch.zeros(7, dtype=torch.int64)])
+    foreseen = read_by(loss, items, padded[torch.randperm(len(padded))])
+    draws.manual_seed(draws.initial_seed())
+    loss(torch.zeros(positions, 8), target, items)
+    assert set(read[0].tolist()) == {*target.tolist(), *foreseen.tolist()}
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])

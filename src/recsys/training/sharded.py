@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recsys import peers
 from recsys.artifacts import LAST
-from recsys.losses import ItemSide
+from recsys.losses import ItemSide, sharing
 from recsys.models.tables import Sharded, sharded_tables
 from recsys.schema import InputError
 from recsys.training.module import Loss, RetrieverModule
@@ -112,7 +112,10 @@ def read_by(loss: Loss, items: ItemSide, targets: Tensor) -> Tensor:
     """
     settings = {name: one.default for name, one in signature(loss).parameters.items()}
     if "negatives" in settings:
-        return items.sample(settings["negatives"], settings.get("by", "uniform"))[0]
+        positions = int((targets > 0).sum())
+        draws = sharing(positions, settings.get("shared", max(1, positions)))
+        asked = settings["negatives"], settings.get("by", "uniform")
+        return torch.cat([items.sample(*asked)[0] for _ in draws])
     _check_loss(loss)
     others, _ = items.gather(targets[targets > 0])
     return torch.cat([others, items.sample(settings["uniform_negatives"], "uniform")[0]])
