@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -47,6 +47,11 @@ class ItemSide:
     generator: torch.Generator | None = None
     gather: Callable[[Tensor], tuple[Tensor, int]] = lambda target_P: (target_P, 0)
 
+    @cached_property
+    def _below(self) -> Tensor:
+        """Shares up to each item: summed once, however often is drawn by popularity."""
+        return self.share.double().cumsum(0)
+
     def sample(self, count: int, by: Drawn) -> tuple[Tensor, Tensor]:
         """Draw item indices, rising; return them and the log of each one's share, both [K].
 
@@ -59,7 +64,7 @@ class ItemSide:
         if by == "uniform":
             drawn = (place * size).long().clamp(max=size - 1) + 1
             return drawn, torch.full((count,), 1 / size, device=drawn.device).log()
-        below = self.share.double().cumsum(0)
+        below = self._below
         drawn = torch.searchsorted(below, place * below[-1], right=True).clamp(max=size)
         return drawn, self.share[drawn].log()
 
