@@ -2,6 +2,7 @@
 
     python scripts/bench_training.py                 # speed, memory, quality after 6 minutes each
     python scripts/bench_training.py --minutes 0     # no quality: a minute of training each
+    python scripts/bench_training.py --minutes 0 --seconds 20 --rounds 5   # ratios of every round
     python scripts/bench_training.py --scale         # a step's cost by catalogue and history length
 
 Each library runs in a virtual environment of its own, made here once. Ours is the real `recsys
@@ -67,9 +68,10 @@ def side_by_side(given: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
             rows.append(blank(data.name, report.OURS, "", f"{data.file}: no such file"))
             continue
         sequences = Sequences.read(data.file, data.has_users)
-        for side, loss, measure in measures(given, data, sequences, out):
+        for round_, side, loss, measure in measures(given, data, sequences, out):
             console.print(f"{datetime.now():%H:%M:%S} {data.name}: {side}, {loss}")
-            rows.append(finished(data.name, side, loss, measure, sequences, given.minutes > 0))
+            row = finished(data.name, side, loss, measure, sequences, given.minutes > 0)
+            rows.append({**row, "round": round_})
             write(out / "training.json", {"machine": machine(given), "rows": rows})
         console.print(report.training_table(rows, data.name))
     said(report.overhead_line(rows), report.reasons(rows))
@@ -85,13 +87,28 @@ def said(*texts: str) -> None:
 
 def measures(
     given: argparse.Namespace, data: Data, sequences: Sequences, out: Path
-) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
-    """Yield each row's side and loss, and what measures it."""
+) -> Iterator[tuple[int, str, str, Callable[[], dict[str, Any]]]]:
+    """Yield each row's round, side and loss, and what measures it."""
     home = ours.Home(out / "recsys-home", given.threads, data.name)
     home.root.mkdir(parents=True, exist_ok=True)
     dataset = home.prepare(data.file.resolve(), data.has_users)
+    sequences.save(out / f"{data.name}.npz")
+    for round_ in range(1, given.rounds + 1):
+        of_round = out / "rounds" / str(round_)
+        for one in measures_of_round(given, data, sequences, of_round, home, dataset):
+            yield round_, *one
+
+
+def measures_of_round(
+    given: argparse.Namespace,
+    data: Data,
+    sequences: Sequences,
+    out: Path,
+    home: ours.Home,
+    dataset: str,
+) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
+    """Yield the sides one after the other: what a round compares lies minutes apart."""
     asked = settings_of(given, data, out)
-    sequences.save(Path(asked.data))
     if "recsys" in given.sides:
         for loss in given.losses:
             settings = placed(asked, out, data.name, "recsys", loss)
@@ -118,7 +135,7 @@ def title(library: Library) -> str:
 
 def settings_of(given: argparse.Namespace, data: Data, out: Path) -> Settings:
     return Settings(
-        data=str(out / f"{data.name}.npz"),
+        data=str(Path(given.out).resolve() / f"{data.name}.npz"),
         folder=str(out),
         length=data.length,
         dropout=data.dropout,
@@ -132,7 +149,7 @@ def settings_of(given: argparse.Namespace, data: Data, out: Path) -> Settings:
 
 def placed(asked: Settings, out: Path, data: str, side: str, loss: str) -> Settings:
     """Return the settings of one row, with a folder of its own."""
-    folder = out / "rows" / f"{data}-{side}-{loss}"
+    folder = out / f"{data}-{side}-{loss}-{out.name}"
     folder.mkdir(parents=True, exist_ok=True)
     return replace(asked, folder=str(folder), loss=loss)
 
@@ -285,6 +302,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=6, help="of quality along those minutes")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=1, help="of all sides, one after the other")
     parser.add_argument("--out", default="workspace/benchmarks")
     parser.add_argument("--envs", default="workspace/bench-envs", help="of the other libraries")
     parser.add_argument("--torch", default="torch==2.13.0", help="for every environment")

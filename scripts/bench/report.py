@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich import box
@@ -12,51 +13,70 @@ from rich.table import Table
 Row = dict[str, Any]
 OURS = "recsys train"
 BARE = "bare loop"
+OURS_IS = {"ours, full, is": "full_softmax", "ours, sampled, is": "sampled_softmax"}
+FIGURES = (
+    *("positions_per_second", "epoch_seconds", "epochs", "peak_memory_gib", "rank_seconds"),
+    *("minutes", "recall@10", "ndcg@10"),
+)
 AXES = {"seconds_a_step": "seconds a step", "peak_memory_gib": "peak memory, GiB"}
 
 
-def ours_beside(row: Row, rows: Iterable[Row]) -> float | None:
-    """Return how many times the positions a second of `row` our command reached, same loss."""
-    alike = [
-        r
-        for r in rows
-        if (r["dataset"], r["side"], r["loss"]) == (row["dataset"], OURS, row["loss"])
-    ]
-    if not alike or "error" in row or "error" in alike[0]:
+def ours_beside(row: Row, rows: Iterable[Row], loss: str) -> float | None:
+    """Return how many times a row's positions a second ours with `loss` reached in its round."""
+    wanted = row["dataset"], row["round"], OURS, loss
+    alike = [r for r in rows if (r["dataset"], r["round"], r["side"], r["loss"]) == wanted]
+    if not alike or alike[0] is row or "error" in row or "error" in alike[0]:
         return None
     return float(alike[0]["positions_per_second"] / row["positions_per_second"])
 
 
 def training_table(rows: list[Row], dataset: str) -> Table:
-    """Return one dataset's table; an epoch that was extrapolated has a tilde."""
+    """Return one dataset's table, medians of its rounds; an extrapolated epoch has a tilde."""
     table = Table(title=f"{dataset}: training side by side", box=box.SIMPLE, title_justify="left")
     table.add_column("side", no_wrap=True)
     table.add_column("loss", no_wrap=True)
-    for name in ("positions/s", "ours is", "epoch s", "epochs", "GiB", "ranking s"):
+    for name in ("positions/s", *OURS_IS, "epoch s", "epochs", "GiB", "ranking s"):
         table.add_column(name, justify="right")
     for name in ("minutes", "R@10", "NDCG@10"):
         table.add_column(name, justify="right")
-    for row in (r for r in rows if r["dataset"] == dataset):
-        table.add_row(row["side"], row["loss"].removesuffix("_softmax"), *cells(row, rows))
+    mine = [row for row in rows if row["dataset"] == dataset]
+    for side, loss in dict.fromkeys((row["side"], row["loss"]) for row in mine):
+        some = [row for row in mine if (row["side"], row["loss"]) == (side, loss)]
+        table.add_row(side, loss.removesuffix("_softmax"), *cells(some, mine))
     return table
 
 
-def cells(row: Row, rows: list[Row]) -> list[str]:
-    if "error" in row:
+def cells(some: list[Row], rows: list[Row]) -> list[str]:
+    """Return the figures of one side's rounds; ratios are of each round, least and greatest."""
+    good = [row for row in some if "error" not in row]
+    if not good:
         return ["none"]
-    times = ours_beside(row, rows)
-    about = "~" if row.get("epochs", 1) < 1 else ""
+    middle = {name: median(r[name] for r in good) for name in FIGURES if name in good[0]}
+    about = "~" if middle.get("epochs", 1) < 1 else ""
     return [
-        f"{row['positions_per_second']:,.0f}",
-        f"{times:.2f}×" if times else "",
-        f"{about}{row['epoch_seconds']:,.1f}",
-        shown(row.get("epochs"), ".2f"),
-        shown(row.get("peak_memory_gib"), ".2f"),
-        shown(row.get("rank_seconds"), ".2f"),
-        shown(row.get("minutes"), ".1f"),
-        shown(row.get("recall@10"), ".4f"),
-        shown(row.get("ndcg@10"), ".4f"),
+        f"{middle['positions_per_second']:,.0f}",
+        *(times([ours_beside(row, rows, loss) for row in good]) for loss in OURS_IS.values()),
+        f"{about}{middle['epoch_seconds']:,.1f}",
+        shown(middle.get("epochs"), ".2f"),
+        shown(middle.get("peak_memory_gib"), ".2f"),
+        shown(middle.get("rank_seconds"), ".2f"),
+        shown(middle.get("minutes"), ".1f"),
+        shown(middle.get("recall@10"), ".4f"),
+        shown(middle.get("ndcg@10"), ".4f"),
     ]
+
+
+def times(ratios: list[float | None]) -> str:
+    """Return the middle ratio, and behind it the least and the greatest of several.
+
+    >>> times([2.0, 4.0, 3.0]), times([2.0]), times([None])
+    ('3.00× (2.0 to 4.0)', '2.00×', '')
+    """
+    found = [ratio for ratio in ratios if ratio is not None]
+    if not found:
+        return ""
+    spread = f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
+    return f"{median(found):.2f}×{spread}"
 
 
 def shown(value: float | None, form: str) -> str:

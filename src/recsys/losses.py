@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,10 +23,14 @@ from recsys.schema import InputError
 
 Kernel = Literal["torch", "liger"]
 Drawn = Literal["uniform", "popularity"]
+Rows = TypeVar("Rows", Tensor, Tensor | None)
 ALIGNED = 32
 """Numbers that a row of logits is a multiple of."""
 TILE = 1 << 26
 """Most logits that a full softmax holds at a time on a CPU; a quarter of a gigabyte in fp32."""
+ROWS = 16
+"""Positions are multiplied by so many, or a multiple: a CPU's kernels are made anew for each number
+that was not met before, which took a tenth of a small step."""
 SAMPLED_TILE = 3 << 19
 """Most of a sampled one: as many as stay in cache, and few steps where there are few negatives."""
 
@@ -125,7 +129,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         """Return the scalar loss, keeping its gradients for the backward pass."""
         dtype = torch.bfloat16 if half else query_PD.dtype
-        query_PD, vectors_ND = query_PD.to(dtype).contiguous(), vectors_ND.to(dtype).contiguous()
+        positions, shape = len(query_PD), query_PD.shape
+        query_PD, vectors_ND = _even(query_PD.to(dtype)), vectors_ND.to(dtype).contiguous()
+        target_P, weight_P = _even(target_P), _even(weight_P)
         grad_dtype = torch.float32 if half else dtype
         chunk = _at_once(chunk, query_PD, TILE // len(vectors_ND))
         query_PHD = query_PD if query_PD.ndim == 3 else query_PD[:, None]
@@ -137,14 +143,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             weight_C = None if weight_P is None else weight_P[some]
             logits_HCN = [query_CD @ vectors_ND.T for query_CD in query_PHD[some].unbind(1)]
             best_CN = reduce(torch.maximum, logits_HCN)
-            error_CN, loss = _softmax_error(best_CN, target_P[some], weight_C)
-            total += loss
+            error_CN, loss_C = _softmax_error(best_CN, target_P[some], weight_C)
+            total += loss_C[: positions - at].sum()
             for h, logits_CN in enumerate(logits_HCN):
                 nearest_CN = error_CN if len(logits_HCN) == 1 else error_CN * (logits_CN >= best_CN)
                 query_grad_PHD[some, h] = nearest_CN @ vectors_ND
                 vectors_grad_ND += nearest_CN.T @ query_PHD[some, h]
-        ctx.save_for_backward(query_grad_PHD.view_as(query_PD), vectors_grad_ND)
-        return total / max(1, len(query_PD))
+        ctx.save_for_backward(query_grad_PHD[:positions].view(shape), vectors_grad_ND)
+        return total / max(1, positions)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -173,13 +179,13 @@ def score(query: Tensor, vectors_PD: Tensor) -> Tensor:
 
 def _at_once(chunk: int, query_PD: Tensor, fit: int) -> int:
     """Return how many positions to take at a time: on a CPU no more than fit, but for a few."""
-    return chunk if query_PD.is_cuda else min(chunk, max(16, fit))
+    return max(ROWS, (chunk if query_PD.is_cuda else min(chunk, fit)) // ROWS * ROWS)
 
 
 def _softmax_error(
     logits_CN: Tensor, target_C: Tensor, weight_C: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return softmax minus one-hot, in the logits' own format, and the summed loss, weighted."""
+    """Return softmax minus one-hot, in the logits' own format, and each row's loss, weighted."""
     error_CN = logits_CN.softmax(dim=1)
     # Indexing, not scatter: on a CPU that takes as long as the softmax itself.
     at = torch.arange(len(target_C), device=target_C.device), target_C
@@ -187,8 +193,15 @@ def _softmax_error(
     error_CN[at] = picked_C - 1
     loss_C = -picked_C.float().clamp(min=torch.finfo(torch.float32).tiny).log()
     if weight_C is None:
-        return error_CN, loss_C.sum()
-    return error_CN.mul_(weight_C[:, None]), (loss_C * weight_C).sum()
+        return error_CN, loss_C
+    return error_CN.mul_(weight_C[:, None]), loss_C * weight_C
+
+
+def _even(rows: Rows) -> Rows:
+    """Return rows with some of zeros behind: a multiple of `ROWS`, if there are any."""
+    if rows is None:
+        return rows
+    return F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, -len(rows) % ROWS)).contiguous()
 
 
 def _liger_softmax(
@@ -331,7 +344,9 @@ class SampledCrossEntropy(torch.autograd.Function):
         """Return the scalar loss, keeping its gradients for the backward pass."""
         dtype = torch.bfloat16 if half else query_PD.dtype
         ctx.kinds = query_PD.dtype, own_PD.dtype, drawn_KD.dtype
-        query_PD, own_PD = query_PD.to(dtype).contiguous(), own_PD.to(dtype)
+        positions, shape = len(query_PD), query_PD.shape
+        query_PD, own_PD = _even(query_PD.to(dtype)), _even(own_PD.to(dtype))
+        hit_P, weight_P = _even(hit_P), _even(weight_P)
         place, kept = len(drawn_KD), torch.float32 if half else dtype
         # A column for the position's own item, and as many more as make products aligned.
         more = ALIGNED - place % ALIGNED
@@ -349,16 +364,18 @@ class SampledCrossEntropy(torch.autograd.Function):
             for logits_CW, query_CD in zip(logits_HCW, query_PHD[some].unbind(1), strict=True):
                 logits_CW[:, place] = (query_CD * own_CD).sum(-1)
             best_CW = _without(reduce(torch.maximum, logits_HCW), hit_P[some])
-            error_CW, loss = _softmax_error(best_CW, torch.full_like(hit_P[some], place), weight_C)
-            total += loss
+            own_C = torch.full_like(hit_P[some], place)
+            error_CW, loss_C = _softmax_error(best_CW, own_C, weight_C)
+            total += loss_C[: positions - at].sum()
             for h, logits_CW in enumerate(logits_HCW):
                 near_CW = error_CW if len(logits_HCW) == 1 else error_CW * (logits_CW >= best_CW)
                 own_C1, query_CD = near_CW[:, place, None], query_PHD[some, h]
                 query_grad_PHD[some, h] = torch.addmm(own_C1 * own_CD, near_CW, drawn_WD)
                 own_grad_PD[some] += own_C1 * query_CD
                 drawn_grad_WD += near_CW.T @ query_CD
-        ctx.save_for_backward(query_grad_PHD.view_as(query_PD), own_grad_PD, drawn_grad_WD[:place])
-        return total / max(1, len(query_PD))
+        query_grad = query_grad_PHD[:positions].view(shape)
+        ctx.save_for_backward(query_grad, own_grad_PD[:positions], drawn_grad_WD[:place])
+        return total / max(1, positions)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -18,7 +18,7 @@ sys.path.append(str(SCRIPTS))
 
 from bench.alternating import AlternatingBatches  # noqa: E402
 from bench.protocol import Meter, Sequences, Settings, quality  # noqa: E402
-from bench.report import ours_beside  # noqa: E402
+from bench.report import cells, ours_beside  # noqa: E402
 
 
 @pytest.fixture
@@ -78,12 +78,20 @@ def test_meter_stops_its_clock_while_it_ranks(tmp_path: Path) -> None:
     assert (result["epochs"], result["epoch_seconds"], result["rank_seconds"]) == (0.2, 20, 100)
 
 
-def test_ratio_is_ours_over_theirs_with_the_same_loss() -> None:
-    row = {"dataset": "d", "side": "recsys train", "loss": "full", "positions_per_second": 30.0}
-    other = {**row, "side": "other", "positions_per_second": 10.0}
-    assert ours_beside(other, [row, other]) == 3
-    assert ours_beside({**other, "loss": "sampled"}, [row, other]) is None
-    assert ours_beside({**other, "error": "not installed"}, [row, other]) is None
+def test_ratio_is_ours_over_theirs_in_the_same_round() -> None:
+    row = {"dataset": "d", "side": "recsys train", "loss": "full_softmax", "round": 1}
+    ours = {**row, "positions_per_second": 30.0, "epoch_seconds": 1.0}
+    other = {**ours, "side": "other", "positions_per_second": 10.0}
+    again = [{**ours, "round": 2, "positions_per_second": 50.0}, {**other, "round": 2}]
+    assert ours_beside(other, [ours, other, *again], "full_softmax") == 3
+    assert ours_beside(again[1], [ours, other, *again], "full_softmax") == 5
+    assert ours_beside(other, [ours, other], "sampled_softmax") is None
+    assert ours_beside(ours, [ours, other], "full_softmax") is None
+    failed = {**other, "error": "not installed"}
+    assert ours_beside(failed, [ours, failed], "full_softmax") is None
+    found = cells([other, again[1]], [ours, other, *again])
+    assert found[:3] == ["10", "4.00× (3.0 to 5.0)", ""]
+    assert cells([failed], [ours, failed]) == ["none"]
 
 
 def test_the_batches_that_time_steps_take_all_settings_of_those_that_train() -> None:

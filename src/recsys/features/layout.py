@@ -84,15 +84,16 @@ def gather(
     Where the table has embeddings, `item_embeddings` float32 [B, C, E] beside the codes, and
     `path_embeddings` [B, L, E] in place of the path's.
     """
+    # `take` is about half the time of indexing.
     found: Arrays = {
-        "item_codes": table.codes[candidates_BC].astype(np.int64),
-        "item_numbers": table.numbers[candidates_BC],
-        "item_vectors": table.vectors[candidates_BC],
+        "item_codes": table.codes.take(candidates_BC, axis=0).astype(np.int64),
+        "item_numbers": table.numbers.take(candidates_BC, axis=0),
+        "item_vectors": table.vectors.take(candidates_BC, axis=0),
     }
     if table.embeddings is not None:
-        found["item_embeddings"] = table.embeddings[candidates_BC]
+        found["item_embeddings"] = table.embeddings.take(candidates_BC, axis=0)
     if items_BL is not None and table.embeddings is not None:
-        found["path_embeddings"] = table.embeddings[items_BL]
+        found["path_embeddings"] = table.embeddings.take(items_BL, axis=0)
     elif items_BL is not None:
-        found["path_codes"] = table.codes[items_BL].astype(np.int64)
+        found["path_codes"] = table.codes.take(items_BL, axis=0).astype(np.int64)
     return {name: array for name, array in found.items() if array.shape[-1]}

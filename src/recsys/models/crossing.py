@@ -90,47 +90,52 @@ class Dcnv2(nn.Module):
         super().__init__()
         if structure not in ("parallel", "stacked"):
             raise InputError(f"model.crossing.structure={structure}: expected parallel or stacked")
-        width = request_width + candidate_width
-        self.cross = LowRankCross(width, layers, rank)
-        self.deep = nn.Sequential(_first(width, hidden[0]), *dense(hidden, dropout))
-        self.beside = nn.Linear(width, hidden[-1]) if structure == "parallel" else None
+        widths = request_width, candidate_width
+        self.cross = LowRankCross(*widths, layers, rank)
+        self.deep = Mlp(*widths, dropout, hidden)
+        self.beside = SplitLinear(*widths, hidden[-1]) if structure == "parallel" else None
         self.width = hidden[-1] * (1 if self.beside is None else 2)
 
     def forward(self, request_BR: Tensor, candidate_BCK: Tensor) -> Tensor:
         """Return hidden_NH."""
-        request_BCR = request_BR[:, None].expand(-1, candidate_BCK.shape[1], -1)
-        plain_NX = torch.cat([request_BCR, candidate_BCK], dim=-1).flatten(0, 1)
-        crossed_NX = self.cross(plain_NX)
+        request_B1R = request_BR[:, None]
+        crossed_BCK = self.cross(request_B1R, candidate_BCK)
         if self.beside is None:
-            return cast(Tensor, self.deep(crossed_NX))
-        return torch.cat([self.beside(crossed_NX), self.deep(plain_NX)], dim=-1)
+            return self.deep.read(request_B1R, crossed_BCK)
+        beside_NH = self.beside(request_B1R, crossed_BCK).flatten(0, 1)
+        return torch.cat([beside_NH, self.deep.read(request_B1R, candidate_BCK)], dim=-1)
 
 
 class LowRankCross(nn.Module):
     """Cross layers, x0 * (U V x + b) + x each: together x0 times a factor that they add to.
 
-    There is one b: what those of further layers would add, the linear layer behind them can.
+    What is multiplied, x0, is a candidate's features; V reads the request's beside them. There is
+    one b: what those of further layers would add, the linear layer behind them can.
     """
 
-    def __init__(self, width: int, layers: int, rank: int) -> None:
+    def __init__(self, request_width: int, candidate_width: int, layers: int, rank: int) -> None:
         super().__init__()
         if min(layers, rank) < 1:
             raise InputError(
                 f"model.crossing.layers={layers}, rank={rank}: expected 1 or more of both"
             )
-        self.narrow = nn.ModuleList(nn.Linear(width, rank) for _ in range(layers))
+        widths = request_width, candidate_width
+        self.narrow = nn.ModuleList(SplitLinear(*widths, rank) for _ in range(layers))
         self.widen = nn.ParameterList(
-            nn.Parameter(torch.randn(rank, width) / (3 * rank) ** 0.5) for _ in range(layers)
+            nn.Parameter(torch.randn(rank, candidate_width) / (3 * rank) ** 0.5)
+            for _ in range(layers)
         )
-        self.bias = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.ones(candidate_width))
 
-    def forward(self, plain_NX: Tensor) -> Tensor:
-        """Return the crossed features [N, X]."""
-        crossed_NX, factor_NX = plain_NX, cast(Tensor, self.bias)
-        for narrow, widen_VX in zip(self.narrow, self.widen, strict=True):
-            factor_NX = torch.addmm(factor_NX, narrow(crossed_NX), widen_VX)
-            crossed_NX = plain_NX * factor_NX
-        return crossed_NX
+    def forward(self, request_B1R: Tensor, candidate_BCK: Tensor) -> Tensor:
+        """Return the candidate's crossed features [B, C, K]."""
+        plain_NK, factor_NK = candidate_BCK.flatten(0, 1), cast(Tensor, self.bias)
+        crossed_BCK = candidate_BCK
+        for narrow, widen_VK in zip(self.narrow, self.widen, strict=True):
+            narrow_NV = narrow(request_B1R, crossed_BCK).flatten(0, 1)
+            factor_NK = torch.addmm(factor_NK, narrow_NV, widen_VK)
+            crossed_BCK = (plain_NK * factor_NK).view_as(candidate_BCK)
+        return crossed_BCK
 
 
 class FinalMlp(nn.Module):

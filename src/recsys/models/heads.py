@@ -2,7 +2,8 @@
 
 Every head is told `width`, `tasks` and `dropout`, and answers logit_NT. With `esmm` the funnel's
 tasks are chained: each is learned over everything shown, as the one before times a step.
-Shapes: N candidates of all requests, H width, T tasks, E experts, X expert width, G gates.
+Shapes: N candidates of all requests, H width, T tasks, E experts, X width of an expert or a tower,
+Y = T × X, G gates.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class SharedBottom(nn.Module):
 
     def forward(self, hidden_NH: Tensor) -> Tensor:
         """Return logit_NT."""
-        tower_NTX = self.below(hidden_NH).unflatten(-1, self.weight_TX.shape)
-        logit_NT: Tensor = self.funnel((tower_NTX * self.weight_TX).sum(-1) + self.bias_T)
+        weight_TY = torch.block_diag(*self.weight_TX)
+        logit_NT: Tensor = self.funnel(F.linear(self.below(hidden_NH), weight_TY, self.bias_T))
         return logit_NT
 
 

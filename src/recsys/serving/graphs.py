@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import structlog
@@ -24,20 +25,25 @@ ENCODED = (
 )
 """Arrays that a server can give an encoder: those of `history.encode`, and `users`."""
 
+NO_SIZES: Mapping[str, int] = MappingProxyType({})
 
-def open_graph(file: Path, threads: int, device: str = "cpu") -> onnxruntime.InferenceSession:
+
+def open_graph(
+    file: Path, threads: int, device: str = "cpu", sizes: Mapping[str, int] = NO_SIZES
+) -> onnxruntime.InferenceSession:
     """Open an ONNX file on a device; on the CPU each call of it uses `threads` cores.
 
-    Where the device cannot be used, the CPU is, and the server's log says why. Raises InputError
-    where the file is no graph.
+    sizes: those of its free sizes that will always be the same, by name: what follows from them is
+    computed here, once. Where the device cannot be used, the CPU is, and the server's log says why.
+    Raises InputError where the file is no graph.
     """
     if device != "cpu":
         try:
-            return _opened(file, threads, _providers(device))
+            return _opened(file, threads, _providers(device), sizes)
         except Unavailable as error:
             log.warning("device_unavailable", device=device, graph=file.name, reason=str(error))
     try:
-        return _opened(file, threads, [CPU])
+        return _opened(file, threads, [CPU], sizes)
     except Unavailable as error:
         raise InputError(f"{file}: not a readable ONNX graph: {error}") from error
 
@@ -61,13 +67,17 @@ def _providers(device: str) -> list[str]:
     return [provider for provider in wanted if provider in there]
 
 
-def _opened(file: Path, threads: int, providers: Sequence[str]) -> onnxruntime.InferenceSession:
+def _opened(
+    file: Path, threads: int, providers: Sequence[str], sizes: Mapping[str, int]
+) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, size in sizes.items():
+        options.add_free_dimension_override_by_name(name, size)
     try:
         session = onnxruntime.InferenceSession(file, options, providers=list(providers))
     except Exception as error:  # onnxruntime's own exceptions share no public base

@@ -143,7 +143,7 @@ class Ranker:
                 f"{bundle.path}: its ranker reads {', '.join(without)}, which {FEATURES} says how "
                 "to make, and that is not there; export the bundle again"
             )
-        session = open_graph(bundle.ranker_path, threads, device)
+        session = open_graph(bundle.ranker_path, threads, device, sizes={"batch": 1})
         _check_graph(bundle, session, inputs, PROBABILITIES if tasks else SCORES)
         return cls(session, inputs, candidates, length, tasks, blend_T, encoded, bundle.num_items)
 
