@@ -395,7 +395,9 @@ def test_a_full_disk_leaves_the_parts_before_it(
         with pytest.raises(OSError, match="No space") as met:
             run(one)
     assert "no space left on the device" in str(explain(met.value))
-    assert [*content(one.out)] == ["part-00000.parquet", "part-00001.parquet"]
+    # A later part may have been begun before the command heard of it, and is then whole.
+    assert {"part-00000.parquet", "part-00001.parquet"} <= set(content(one.out))
+    assert "part-00002.parquet" not in content(one.out)
     assert not list(one.out.glob(".part-*"))
     run(opened(out=str(tmp_path / "roomy")))
     run(opened())
