@@ -27,7 +27,7 @@ from recsys.launch import configure
 from recsys.models import Calibrated, Ranker
 from recsys.models.calibration import Calibration
 from recsys.models.chances import ITEMS, RetrievalChances
-from recsys.models.crossing import SplitLinear
+from recsys.models.crossing import LowRankCross, SplitLinear
 from recsys.models.heads import Funnel, chained
 from recsys.models.ranker import Codes
 from recsys.models.target import WeighedSums
@@ -250,6 +250,21 @@ def test_a_split_layer_is_the_layer_on_both_sides_joined() -> None:
 
 
 # A known answer: labels that no linear model of the fields can learn.
+
+
+def test_cross_layers_are_their_formula_on_the_candidates_side() -> None:
+    """Each layer adds the plain features times U V of request and crossed features together."""
+    torch.manual_seed(0)
+    cross = LowRankCross(3, 5, layers=2, rank=4)
+    cross.bias.data.normal_()
+    request, plain = torch.randn(2, 1, 3), torch.randn(2, 7, 5)
+    crossed, added = plain, cross.bias
+    for narrow, widen in zip(cross.narrow, cross.widen, strict=True):
+        both = torch.cat([request.expand(-1, 7, -1), crossed], dim=-1)
+        weight = torch.cat([narrow.request.weight, narrow.candidate.weight], dim=1)
+        added = added + (both @ weight.T + narrow.request.bias) @ widen
+        crossed = plain * added
+    torch.testing.assert_close(cross(request, plain), crossed)
 
 
 def crossed_problem(rows: int = 512) -> tuple[Layout, dict[str, Tensor], Tensor]:
