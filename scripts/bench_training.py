@@ -112,6 +112,8 @@ def measures_of_round(
     if "recsys" in given.sides:
         for loss in given.losses:
             settings = placed(asked, out, data.name, "recsys", loss)
+            if loss == "sampled_softmax":
+                settings = replace(settings, ours=(*settings.ours, *given.ours_sampled))
             yield report.OURS, loss, bound(ours.measure, home, dataset, sequences, settings)
     if "bare" in given.sides:
         settings = placed(asked, out, data.name, "bare", "full_softmax")
@@ -297,6 +299,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", default=sides, choices=sides)
     parser.add_argument("--losses", nargs="+", default=losses, choices=losses)
     parser.add_argument("--ours", nargs="+", default=[], help="more settings of recsys train")
+    parser.add_argument("--ours-sampled", nargs="+", default=[], help="those of sampled softmax")
     parser.add_argument("--seconds", type=float, default=60, help="of training each, at least")
     parser.add_argument("--minutes", type=float, default=6, help="before quality; 0: no quality")
     parser.add_argument("--points", type=int, default=6, help="of quality along those minutes")
