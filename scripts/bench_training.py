@@ -38,7 +38,7 @@ CATALOGUES = (10_000, 100_000, 1_000_000, 5_000_000)
 LENGTHS = (50, 200, 1_000, 4_000)
 STEP_POSITIONS = 128 * 50
 """Positions of a step on the cost curves: 128 histories of 50, fewer where they are longer."""
-console = Console(width=max(120, Console().width))
+console = Console(width=max(160, Console().width))
 
 
 @dataclass(frozen=True)

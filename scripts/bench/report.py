@@ -13,7 +13,7 @@ from rich.table import Table
 Row = dict[str, Any]
 OURS = "recsys train"
 BARE = "bare loop"
-OURS_IS = {"ours, full, is": "full_softmax", "ours, sampled, is": "sampled_softmax"}
+OURS_IS = {"our full is": "full_softmax", "our sampled is": "sampled_softmax"}
 FIGURES = (
     *("positions_per_second", "epoch_seconds", "epochs", "peak_memory_gib", "rank_seconds"),
     *("minutes", "recall@10", "ndcg@10"),
@@ -36,9 +36,9 @@ def training_table(rows: list[Row], dataset: str) -> Table:
     table.add_column("side", no_wrap=True)
     table.add_column("loss", no_wrap=True)
     for name in ("positions/s", *OURS_IS, "epoch s", "epochs", "GiB", "ranking s"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name in ("minutes", "R@10", "NDCG@10"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     mine = [row for row in rows if row["dataset"] == dataset]
     for side, loss in dict.fromkeys((row["side"], row["loss"]) for row in mine):
         some = [row for row in mine if (row["side"], row["loss"]) == (side, loss)]
