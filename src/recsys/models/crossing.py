@@ -4,7 +4,7 @@ Every part is told `request_width`, `candidate_width` and `dropout`, reads reque
 candidate_BCK and answers hidden_NH, H being its `width`. In a `SplitLinear` what a request's own
 features add is computed once a request, never once a candidate. What follows is flat, N: a layer
 and its bias are then one node of an ONNX graph.
-Shapes: B requests, C candidates, N = B × C, R and K widths of both, X their sum, V rank, H width.
+Shapes: B requests, C candidates, N = B × C, R and K widths of both, V rank, H width.
 """
 
 from __future__ import annotations
@@ -70,11 +70,12 @@ class Mlp(nn.Module):
 
 
 class Dcnv2(nn.Module):
-    """Low-rank cross layers on all features, with a deep network behind or beside them.
+    """Low-rank cross layers on a candidate's features, a deep network on all behind or beside them.
 
-    Source: DCN V2 (Wang et al. 2021, section 3.1, and 3.5 for the low rank). `stacked`: the deep
-    network reads the crossed features; `parallel`: it reads the plain ones, and what was crossed
-    is brought to the same width beside it.
+    Source: DCN V2 (Wang et al. 2021, section 3.1, and 3.5 for the low rank), which crosses a
+    request's features with each other too: that is left to the deep network here. `stacked`: it
+    reads the crossed features; `parallel`: the plain ones, and what was crossed is brought to the
+    same width beside it.
     """
 
     def __init__(
@@ -195,14 +196,6 @@ class Gate(nn.Module):
         """Return the weights of the request's features and of the candidate's."""
         hidden = F.relu(self.hidden(context))
         return [2 * side(hidden).sigmoid() for side in self.sides]
-
-
-def _first(before: int, after: int) -> nn.Linear:
-    """Return a layer in front of a ReLU, with He's initialisation."""
-    layer = nn.Linear(before, after)
-    nn.init.normal_(layer.weight, std=math.sqrt(2 / before))
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 def dense(widths: Sequence[int], dropout: float) -> nn.Sequential:
