@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,8 @@ from recsys.evaluation.two_stage import TwoStages
 from recsys.serving.app import App
 from recsys.serving.deployment import Deployer, Record, self_test
 from recsys.serving.engine import Engine
+from recsys.serving.item_log import ItemChange
+from recsys.serving.messages import RankRequest
 from recsys.serving.service import Service
 from recsys.serving.settings import ServeSettings
 from recsys.training.first_stage import Retrieval
@@ -158,11 +161,30 @@ def test_the_bundle_passes_its_own_test(offline: Offline, trained_shop: Workspac
     assert entry["candidates"] == 20
     assert entry["tasks"] == list(ranker.model.tasks)
     assert entry["blend"] == ranker.blend
-    looked_up = {"path_codes": "path_embeddings", "item_codes": "item_codes item_embeddings"}
-    inputs = " ".join(looked_up.get(name, name) for name in ranker.model.inputs)
-    assert entry["inputs"] == inputs.split()
+    read, made = {*entry["inputs"]}, {"item_embeddings", "path_embeddings"}
+    assert {*ranker.model.inputs} - read == {"item_vectors", "candidate_vectors", "path_codes"}
+    assert read - {*ranker.model.inputs} == made
     features = json.loads((bundle / "ranker" / "features.json").read_text())
     assert features == ranker.tables.features.as_json()
+
+
+def test_an_added_item_is_judged_as_one_that_training_has_not_met(
+    offline: Offline, trained_shop: Workspace
+) -> None:
+    engine = Engine.load(trained_shop.find("bundle"))
+    vector_D = np.random.default_rng(3).normal(size=engine.bundle.dim).astype(np.float32)
+    added = ItemChange("new", False, 0, vector_D.tobytes(), engine.space)
+    view = engine.unchanged.changed([added]).view
+    batch = offline.asks(np.random.default_rng(4), newcomers=False)
+    expected_BCT = offline.probabilities(batch, np.zeros((REQUESTS, 1), np.int64))
+    known = engine.catalogue.ids[7]
+    for body, expected_CT in zip(offline.bodies(batch), expected_BCT, strict=True):
+        request = msgspec.convert(body | {"items": [known, "new"]}, RankRequest)
+        met = {item.item_id: item for item in engine.rank(request, view=view).items}
+        chances_T = np.array([*met["new"].probabilities.values()])
+        np.testing.assert_allclose(chances_T, expected_CT[0], rtol=1e-4, atol=1e-5)
+        alone = engine.rank(msgspec.structs.replace(request, items=[known]))
+        assert alone.items[0].score == pytest.approx(met[known].score, abs=1e-6)
 
 
 @pytest.mark.parametrize(

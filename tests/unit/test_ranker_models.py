@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from recsys.config import config_dir
 from recsys.export.onnx import export_ranker
+from recsys.export.ranker import embeddings_of_added
 from recsys.export.runtime import open_session
-from recsys.features import Field, Layout
+from recsys.features import Field, ItemTable, Layout
 from recsys.history import GAP_BUCKETS, VALUE_BUCKETS
 from recsys.launch import configure
 from recsys.models import Calibrated, Ranker
@@ -51,6 +53,7 @@ LAYOUT = Layout(
     cross_numbers=("seen",),
     vector_width=4,
 )
+VECTORS = ("item_vectors", "candidate_vectors")
 EMPTY = Layout(item_codes=(Field("item_id", 9),))
 
 
@@ -453,16 +456,46 @@ def assert_exports(model: Calibrated, layout: Layout, path: Path) -> None:
     for sizes in ((1, 1, 1), (1, 200, 50), (3, 2, 7), (17, 5, 2)):
         batch = random_batch(model, layout, sizes, seed=1)
         wanted = answer(model, batch)
-        for name in ("item", "path"):
-            if f"{name}_embeddings" in served.inputs:
-                codes_BCW = batch[f"{name}_codes"]
-                embeddings = served.item_embeddings(codes_BCW.flatten(0, 1).numpy(), rows=3)
-                batch[f"{name}_embeddings"] = torch.from_numpy(embeddings).unflatten(
-                    0, codes_BCW.shape[:2]
-                )
+        batch["item_embeddings"] = embeddings(served, batch, batch["item_codes"], VECTORS)
+        if "path_codes" in batch:
+            batch["path_embeddings"] = embeddings(served, batch, batch["path_codes"], ())
         (met,) = session.run(None, {name: batch[name].numpy() for name in served.inputs})
         assert met.shape == wanted.shape
         assert np.abs(met - wanted.numpy()).max() < 1e-4, sizes
+
+
+def embeddings(
+    served: Calibrated, batch: dict[str, Tensor], codes_BCW: Tensor, read: tuple[str, ...]
+) -> Tensor:
+    """Return what is made of items alone; of a path's items no vectors are read."""
+    count = codes_BCW.shape[:2].numel()
+    vectors = [
+        batch[name].flatten(0, 1).numpy()
+        if name in read and name in batch
+        else np.zeros((count, w))
+        for name, w in zip(VECTORS, (LAYOUT.vector_width, 6), strict=True)
+    ]
+    given = codes_BCW.flatten(0, 1).numpy(), *(vector.astype(np.float32) for vector in vectors)
+    return torch.from_numpy(served.item_embeddings(*given, rows=3)).unflatten(
+        0, codes_BCW.shape[:2]
+    )
+
+
+def test_of_an_added_item_the_retrievers_vector_is_read(tmp_path: Path) -> None:
+    layout = replace(LAYOUT, item_codes=LAYOUT.item_codes[1:])
+    model = Calibrated(made("", layout, retriever=6)).eval()
+    assert_exports(model, layout, tmp_path / "ranker.onnx")
+    served = Calibrated(model.ranker, embedded=True).eval()
+    rng = np.random.default_rng(2)
+    codes_NW, vectors_NV = codes(rng, layout.item_codes, (4,)), rng.normal(size=(4, 4))
+    nothing = np.zeros((4, 0))
+    items = ItemTable(codes_NW, nothing, vectors_NV.astype(np.float32), nothing)
+    vectors_AD = rng.normal(size=(3, 6)).astype(np.float32)
+    unknown = np.zeros(3, np.int64)
+    wanted = served.item_embeddings(codes_NW[unknown], items.vectors[unknown], vectors_AD)
+    met = replace(items, added=embeddings_of_added(served, items, 6)).of_added(vectors_AD)
+    np.testing.assert_allclose(met, wanted, atol=1e-5)
+    assert np.abs(wanted[0] - wanted[1]).max() > 0.01
 
 
 def together() -> list[str]:

@@ -109,7 +109,7 @@ def two_of_an_aisle() -> TransitionLog:
 
 
 def newest(past: Past, candidates: np.ndarray) -> np.ndarray:
-    compared = Compared.of([("aisle", None)], {"aisle": slice(0, 1)})
+    compared = Compared.of([("aisle", None)], {"aisle": (slice(0, 1), 4)})
     return Shared.of(past, candidates, CODES[:, None], compared).last(("aisle", None))
 
 

@@ -49,16 +49,16 @@ class Tables:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The tables by the names under which they are kept."""
         items = self.items
-        embeddings = {} if items.embeddings is None else {"item_embeddings": items.embeddings}
+        made = {"item_embeddings": items.embeddings, "added_embeddings": items.added}
+        read = {"item_vectors": items.vectors} if items.embeddings is None else made
         return {
             "item_codes": items.codes,
             "item_numbers": items.numbers,
-            "item_vectors": items.vectors,
             "item_raw": items.raw,
             "user_codes": self.user_codes,
             "user_numbers": self.user_numbers,
             **kept(items.transitions),
-            **embeddings,
+            **{name: array for name, array in read.items() if array is not None},
         }
 
     def save(self, folder: Path) -> None:

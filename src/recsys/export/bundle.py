@@ -137,7 +137,7 @@ def write_bundle(
         _check_width(queries_QHD, vectors_ND)
         built = build(vectors_ND, index, queries_QHD.reshape(-1, vectors_ND.shape[1]))
         index_facts = built.write(scratch)
-        second = _second_stage(scratch, ranker)
+        second = _second_stage(scratch, ranker, vectors_ND)
         return write_manifest(
             scratch,
             "bundle",
@@ -153,12 +153,14 @@ def write_bundle(
         )
 
 
-def _second_stage(directory: Path, ranker: LoadedRanker | None) -> BundledRanker | None:
+def _second_stage(
+    directory: Path, ranker: LoadedRanker | None, vectors_ND: NDArray[np.float32]
+) -> BundledRanker | None:
     if ranker is None:
         return None
     from recsys.export.ranker import BundledRanker
 
-    return BundledRanker.write(directory, ranker)
+    return BundledRanker.write(directory, ranker, vectors_ND)
 
 
 def item_vectors(model: Any) -> NDArray[np.float32]:

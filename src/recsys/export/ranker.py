@@ -1,6 +1,6 @@
 """The second stage of a bundle: a ranker's graph, and all that it reads of items and users.
 
-Shapes: C candidates, T tasks, K found items.
+Shapes: C candidates, T tasks, K found items, N items, D dim of a retriever, V of item vectors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from recsys.data.shown import as_model, asked
 from recsys.export.onnx import export_ranker
 from recsys.export.runtime import open_session, request_times
+from recsys.features import ItemTable
 from recsys.history import Histories
 from recsys.index.bundle import FEATURES, RANKER
 from recsys.models.ranker import Calibrated
@@ -32,9 +33,11 @@ class BundledRanker:
         self.weight_T = np.array([ranker.blend.get(task, 0.0) for task in ranker.model.tasks])
 
     @classmethod
-    def write(cls, directory: Path, ranker: LoadedRanker) -> BundledRanker:
-        """Write graph, columns and tables into a bundle's directory."""
-        ranker = _embedded(ranker)
+    def write(
+        cls, directory: Path, ranker: LoadedRanker, vectors_ND: NDArray[np.float32]
+    ) -> BundledRanker:
+        """Write graph, columns and tables into a bundle's directory; row 0 is item 1's vector."""
+        ranker = _embedded(ranker, vectors_ND)
         export_ranker(ranker.model, ranker.tables.features.layout, directory / RANKER)
         ranker.tables.save((directory / FEATURES).parent)
         return cls(directory, ranker)
@@ -70,10 +73,24 @@ class BundledRanker:
         return items_C[np.argsort(-(probability_CT @ self.weight_T), kind="stable")]
 
 
-def _embedded(ranker: LoadedRanker) -> LoadedRanker:
-    """Return a ranker whose items' codes have been looked up, as far as it has any."""
+def _embedded(ranker: LoadedRanker, vectors_ND: NDArray[np.float32]) -> LoadedRanker:
+    """Return a ranker with all that it makes of items alone, as far as it makes something."""
     model, items = Calibrated(ranker.model.ranker, embedded=True).eval(), ranker.tables.items
     if model.inputs == ranker.model.inputs:
         return ranker
-    items = replace(items, embeddings=model.item_embeddings(items.codes))
+    padded_ND = np.pad(vectors_ND, ((1, 0), (0, 0)))
+    items = replace(
+        items,
+        embeddings=model.item_embeddings(items.codes, items.vectors, padded_ND),
+        added=embeddings_of_added(model, items, vectors_ND.shape[1]),
+    )
     return replace(ranker, model=model, tables=replace(ranker.tables, items=items))
+
+
+def embeddings_of_added(model: Calibrated, items: ItemTable, dim: int) -> NDArray[np.float32]:
+    """Return what is made of an unknown item by its vector, which is linear: [1 + D, E]."""
+    unknown = np.zeros(1 + dim, np.int64)
+    each = np.concatenate([np.zeros((1, dim), np.float32), np.eye(dim, dtype=np.float32)])
+    rows = model.item_embeddings(items.codes[unknown], items.vectors[unknown], each)
+    rows[1:] -= rows[0]
+    return rows

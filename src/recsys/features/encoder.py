@@ -376,7 +376,7 @@ class Features:
         """What path columns read of an item's codes."""
         ends = np.cumsum([0] + [field.width for field in self.layout.item_codes]).tolist()
         fields = zip(self.layout.item_codes, ends, strict=False)
-        columns = {field.name: slice(at, at + field.width) for field, at in fields}
+        columns = {f.name: (slice(at, at + f.width), f.size) for f, at in fields}
         read = [c for c in self._crossed if c.kind in ("count", "since", "transition")]
         return Compared.of([(column.by, column.event) for column in read], columns)
 

@@ -52,7 +52,9 @@ class ItemTable:
     codes: int32 [N + 1, W]; numbers: float32 [N + 1, G], NaN is missing; vectors: float32
     [N + 1, V]; raw: float64 [N + 1, X], numbers that path columns read, in the order of
     `Features.raw_names`; transitions: what came next in the log, a table a declared column;
-    embeddings: where a trained ranker has put the codes in their place, float32 [N + 1, E].
+    embeddings: all that a trained ranker makes of an item alone, float32 [N + 1, E]; added: what
+    it makes of one that was added since, of which only the retriever's vector is known: float32
+    [1 + D, E], the first row and the vector times the others.
     """
 
     codes: NDArray[np.int32]
@@ -61,6 +63,13 @@ class ItemTable:
     raw: NDArray[np.float64]
     transitions: tuple[Transitions, ...] = ()
     embeddings: NDArray[np.float32] | None = None
+    added: NDArray[np.float32] | None = None
+
+    def of_added(self, vectors_AD: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the embeddings of items that only have a vector: [A, E]."""
+        assert self.added is not None
+        embeddings_AE: NDArray[np.float32] = self.added[0] + vectors_AD @ self.added[1:]
+        return embeddings_AE
 
 
 class Rate(NamedTuple):
@@ -79,21 +88,22 @@ def gather(
 ) -> Arrays:
     """Look up what a ranker reads of the candidates and of the path's items, by index.
 
-    Returns `item_codes` int64 [B, C, W], `item_numbers` float32 [B, C, G], `item_vectors` float32
-    [B, C, V] and, where `items_BL` is given, `path_codes` int64 [B, L, W]; none of zero width.
-    Where the table has embeddings, `item_embeddings` float32 [B, C, E] beside the codes, and
-    `path_embeddings` [B, L, E] in place of the path's.
+    Returns `item_codes` int64 [B, C, W], `item_numbers` float32 [B, C, G] and `item_vectors`
+    float32 [B, C, V]; where `items_BL` is given, `path_codes` int64 [B, L, W]; none of zero width.
+    Where the table has embeddings, these in place of vectors and the path's codes:
+    `item_embeddings` float32 [B, C, E], and `path_embeddings` [B, L, E].
     """
     # `take` is about half the time of indexing.
     found: Arrays = {
         "item_codes": table.codes.take(candidates_BC, axis=0).astype(np.int64),
         "item_numbers": table.numbers.take(candidates_BC, axis=0),
-        "item_vectors": table.vectors.take(candidates_BC, axis=0),
     }
-    if table.embeddings is not None:
+    if table.embeddings is None:
+        found["item_vectors"] = table.vectors.take(candidates_BC, axis=0)
+        if items_BL is not None:
+            found["path_codes"] = table.codes.take(items_BL, axis=0).astype(np.int64)
+    else:
         found["item_embeddings"] = table.embeddings.take(candidates_BC, axis=0)
-    if items_BL is not None and table.embeddings is not None:
-        found["path_embeddings"] = table.embeddings.take(items_BL, axis=0)
-    elif items_BL is not None:
-        found["path_codes"] = table.codes.take(items_BL, axis=0).astype(np.int64)
+        if items_BL is not None:
+            found["path_embeddings"] = table.embeddings.take(items_BL, axis=0)
     return {name: array for name, array in found.items() if array.shape[-1]}

@@ -36,7 +36,8 @@ FILES = (*ALWAYS, *names(1))
 """What a bundle holds beside its manifest, where its index is whole; with a ranker `RANKER` too."""
 TABLES = ("item_codes", "item_numbers", "item_raw", "user_codes", "user_numbers")
 """With `FEATURES`, a bundle holds each as `ranker/NAME.npy`: everything of items and users encoded
-as the ranker reads it; row 0 belongs to what is unknown. With declared vectors, `item_vectors` too.
+as the ranker reads it; row 0 belongs to what is unknown. Beside them what its graph reads of
+`item_embeddings`, with `added_embeddings`, and `item_vectors`.
 """
 
 
@@ -69,6 +70,11 @@ class Bundle:
     def num_items(self) -> int:
         """Return N."""
         return int(self.manifest["num_items"])
+
+    @property
+    def dim(self) -> int:
+        """How wide the item vectors are."""
+        return int(self.manifest["dim"])
 
     @property
     def num_users(self) -> int:

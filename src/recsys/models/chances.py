@@ -53,9 +53,9 @@ class RetrievalChances(nn.Module):
             self.member_MV[torch.arange(len(some_M)), first + codes_NW[some_M, place]] = 1.0
 
     def has_met(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return which candidates the retriever's training has met, as far as is known: [B, C]."""
+        """Return which candidates the retriever's training has met: [B, C], [] where not known."""
         if self.index is None:
-            return torch.ones_like(batch["retrieval_scores"], dtype=torch.bool)
+            return torch.ones((), dtype=torch.bool, device=self.weight_M.device)
         return batch["item_codes"][..., self.index] != OTHER
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:

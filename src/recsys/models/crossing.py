@@ -26,7 +26,7 @@ class SplitLinear(nn.Module):
     """A linear layer on a request's features and a candidate's, without joining the two.
 
     >>> split = SplitLinear(3, 5, 2)
-    >>> split(torch.ones(4, 1, 3), torch.ones(4, 7, 5)).shape
+    >>> split(torch.ones(4, 3), torch.ones(4, 7, 5)).shape
     torch.Size([4, 7, 2])
     """
 
@@ -39,9 +39,11 @@ class SplitLinear(nn.Module):
         nn.init.zeros_(self.request.bias)
 
     def forward(self, request: Tensor, candidate: Tensor) -> Tensor:
-        """Return the sum of both sides; `request` [B, 1 or C, R], `candidate` [B, C, K]."""
-        total: Tensor = self.request(request) + self.candidate(candidate)
-        return total
+        """Return the sum of both sides; `request` [B, R] or [B, C, R], `candidate` [B, C, K]."""
+        of_request: Tensor = self.request(request)
+        if of_request.ndim == 2:
+            of_request = of_request[:, None]
+        return of_request + cast(Tensor, self.candidate(candidate))
 
 
 class Mlp(nn.Module):
@@ -61,7 +63,7 @@ class Mlp(nn.Module):
 
     def forward(self, request_BR: Tensor, candidate_BCK: Tensor) -> Tensor:
         """Return hidden_NH."""
-        return self.read(request_BR[:, None], candidate_BCK)
+        return self.read(request_BR, candidate_BCK)
 
     def read(self, request: Tensor, candidate: Tensor) -> Tensor:
         """Return hidden_NH of features as `SplitLinear` reads them."""
@@ -99,12 +101,11 @@ class Dcnv2(nn.Module):
 
     def forward(self, request_BR: Tensor, candidate_BCK: Tensor) -> Tensor:
         """Return hidden_NH."""
-        request_B1R = request_BR[:, None]
-        crossed_BCK = self.cross(request_B1R, candidate_BCK)
+        crossed_BCK = self.cross(request_BR, candidate_BCK)
         if self.beside is None:
-            return self.deep.read(request_B1R, crossed_BCK)
-        beside_NH = self.beside(request_B1R, crossed_BCK).flatten(0, 1)
-        return torch.cat([beside_NH, self.deep.read(request_B1R, candidate_BCK)], dim=-1)
+            return self.deep.read(request_BR, crossed_BCK)
+        beside_NH = self.beside(request_BR, crossed_BCK).flatten(0, 1)
+        return torch.cat([beside_NH, self.deep.read(request_BR, candidate_BCK)], dim=-1)
 
 
 class LowRankCross(nn.Module):
@@ -128,12 +129,12 @@ class LowRankCross(nn.Module):
         )
         self.bias = nn.Parameter(torch.ones(candidate_width))
 
-    def forward(self, request_B1R: Tensor, candidate_BCK: Tensor) -> Tensor:
+    def forward(self, request_BR: Tensor, candidate_BCK: Tensor) -> Tensor:
         """Return the candidate's crossed features [B, C, K]."""
         plain_NK, factor_NK = candidate_BCK.flatten(0, 1), cast(Tensor, self.bias)
         crossed_BCK = candidate_BCK
         for narrow, widen_VK in zip(self.narrow, self.widen, strict=True):
-            narrow_NV = narrow(request_B1R, crossed_BCK).flatten(0, 1)
+            narrow_NV = narrow(request_BR, crossed_BCK).flatten(0, 1)
             factor_NK = torch.addmm(factor_NK, narrow_NV, widen_VK)
             crossed_BCK = (plain_NK * factor_NK).view_as(candidate_BCK)
         return crossed_BCK

@@ -7,6 +7,7 @@ R width of a request's features, K of a candidate's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any, cast
 
@@ -86,7 +87,7 @@ class Ranker(nn.Module):
         return self.answer(dict(zip(self.inputs, arrays, strict=True)))
 
     def answer(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return logit_BCT; `item_embeddings` and `path_embeddings` are taken where given.
+        """Return logit_BCT; of items it takes what `item_embeddings` returned, where that is given.
 
         `path_codes` are [B, L, W], or with `path_places` int64 [B, L] those of distinct items.
         """
@@ -94,10 +95,44 @@ class Ranker(nn.Module):
         logit_NT = self.heads(self.crossing(request_BR, candidate_BCK))
         return cast(Tensor, logit_NT.unflatten(0, candidate_BCK.shape[:2]))
 
+    def item_embeddings(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return all that is made of items alone, whoever asks: [B, C, E], E `embedding_width`."""
+        return torch.cat(list(self._of_items(batch).values()), dim=-1)
+
     @property
     def embedding_width(self) -> int:
-        """Width of an item's embeddings: what is looked up by its codes."""
-        return len(self.codes.fields["item_codes"]) * self.codes.table.embedding_dim
+        """Width of `item_embeddings`."""
+        return sum(self._item_widths.values())
+
+    @cached_property
+    def _item_widths(self) -> dict[str, int]:
+        """The parts of `item_embeddings`, in their order; of the path's items the first is read."""
+        dim = self.codes.table.embedding_dim
+        widths = {
+            "codes": len(self.codes.fields["item_codes"]) * dim,
+            "asks": 0 if self.path is None else self.path.asks_width,
+            "vectors": dim * ((self.vectors is not None) + (self.found is not None)),
+        }
+        return {name: width for name, width in widths.items() if width}
+
+    def _of_items(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if "item_embeddings" in batch:
+            parts = batch["item_embeddings"].split(list(self._item_widths.values()), dim=-1)
+            return dict(zip(self._item_widths, parts, strict=True))
+        found = {}
+        if "codes" in self._item_widths:
+            found["codes"] = self.codes("item_codes", batch["item_codes"])
+        if self.path is not None:
+            found["asks"] = self.path.asks(found["codes"])
+        vectors = []
+        if self.vectors is not None:
+            vectors.append(self.vectors(batch["item_vectors"]))
+        if self.chances is not None and self.found is not None:
+            met_BC1 = self.chances.has_met(batch)[..., None]
+            vectors.append(self.found(batch["candidate_vectors"]) * met_BC1)
+        if vectors:
+            found["vectors"] = torch.cat(vectors, dim=-1)
+        return found
 
     def _request(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return request_BR; where nothing is known of requests, one learned vector for all."""
@@ -114,20 +149,14 @@ class Ranker(nn.Module):
 
     def _candidates(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return candidate_BCK: the item, its numbers beside the path's, and what the path says."""
-        parts = []
-        if "item_embeddings" in batch:
-            parts.append(batch["item_embeddings"])
-        elif "item_codes" in batch:
-            parts.append(self.codes("item_codes", batch["item_codes"]))
+        of = self._of_items(batch)
+        parts = [of["codes"]] if "codes" in of else []
         if self.path is not None:
-            parts.append(self.path(parts[0], self._items_of_path(batch), batch))
+            parts.append(self.path(of["codes"], of["asks"], self._items_of_path(batch), batch))
         if "candidate_numbers" in self.numbers:
             parts.append(self.numbers["candidate_numbers"](self._candidate_numbers(batch)))
-        if self.vectors is not None:
-            parts.append(self.vectors(batch["item_vectors"]))
-        if self.found is not None:
-            found_BCK = self.found(batch["candidate_vectors"])
-            parts.append(found_BCK * cast(RetrievalChances, self.chances).has_met(batch)[..., None])
+        if "vectors" in of:
+            parts.append(of["vectors"])
         return torch.cat(parts, dim=-1)
 
     def _candidate_numbers(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -148,7 +177,7 @@ class Ranker(nn.Module):
 
     def _items_of_path(self, batch: Mapping[str, Tensor]) -> PathItems:
         if "path_embeddings" in batch:
-            return PathItems(batch["path_embeddings"])
+            return PathItems(batch["path_embeddings"][..., : self._item_widths["codes"]])
         return PathItems(self.codes("item_codes", batch["path_codes"]), batch.get("path_places"))
 
     def _widths(self, layout: Layout, dim: int) -> tuple[int, int]:
@@ -246,7 +275,7 @@ class Numbers(nn.Module):
 class Calibrated(nn.Module):
     """A ranker that answers with calibrated probabilities (`dwell`: seconds).
 
-    `embedded` reads items' embeddings in place of codes, which a bundle has looked up beforehand.
+    `embedded` reads items' embeddings, which a bundle has made beforehand.
     """
 
     def __init__(self, ranker: Ranker, embedded: bool = False) -> None:
@@ -264,21 +293,41 @@ class Calibrated(nn.Module):
         logit_BCT = self.ranker.answer(dict(zip(self.inputs, arrays, strict=True)))
         return cast(Tensor, self.ranker.calibration(logit_BCT, self.lines))
 
-    def item_embeddings(self, codes_NW: NDArray[np.integer], rows: int = 1 << 16) -> NDArray:
-        """Return what to give for items of these codes: float32 [N, E]."""
-        with torch.no_grad():
-            parts = [
-                self.ranker.codes("item_codes", torch.from_numpy(codes_NW[at : at + rows]).long())
-                for at in range(0, len(codes_NW), rows)
-            ]
+    def item_embeddings(
+        self,
+        codes_NW: NDArray[np.integer],
+        vectors_NV: NDArray[np.float32],
+        found_ND: NDArray[np.float32],
+        rows: int = 1 << 16,
+    ) -> NDArray[np.float32]:
+        """Return what to give for items of these codes and vectors: float32 [N, E].
+
+        vectors: their own, of the declared columns; found: their retriever's.
+        """
+        given = {"item_codes": codes_NW, "item_vectors": vectors_NV, "candidate_vectors": found_ND}
+        parts = []
+        for at in range(0, len(codes_NW), rows):
+            some = {name: torch.from_numpy(array[at : at + rows]) for name, array in given.items()}
+            some["item_codes"] = some["item_codes"].long()
+            with torch.no_grad():
+                parts.append(self.ranker.item_embeddings(some))
         return torch.cat(parts).numpy()
+
+
+MADE = ("item_codes", "item_vectors", "candidate_vectors", "path_codes")
+"""Inputs that embeddings of items stand for."""
 
 
 def _embedded(ranker: Ranker) -> tuple[str, ...]:
     """Return a ranker's inputs with embeddings of items; chances read a candidate's codes too."""
-    beside = () if ranker.chances is None else ("item_codes",)
-    put = {"item_codes": (*beside, "item_embeddings"), "path_codes": ("path_embeddings",)}
-    return tuple(name for old in ranker.inputs for name in put.get(old, (old,)))
+    read = set(ranker.inputs) & set(MADE)
+    put = {
+        "item_codes": "item_codes" in read and ranker.chances is not None,
+        "item_embeddings": bool(read),
+        "path_embeddings": "path_codes" in read,
+    }
+    left = [name for name in ranker.inputs if name not in MADE]
+    return (*left, *(name for name, wanted in put.items() if wanted))
 
 
 def _counts(layout: Layout, retriever: int) -> dict[str, int]:

@@ -2,9 +2,10 @@
 
 Every part is told the number of item `fields` and their `dim`, `max_length`, `dropout` and which of
 `OF_EVENTS` it `reads` of each event; it answers read_BCP, P being its `width`. What depends on the
-path alone is computed once a request. An empty path is no special case: it says nothing.
+path alone is computed once a request; what a candidate asks of any path, `asks`, is known before
+one. An empty path is no special case: it says nothing.
 Shapes: B requests, C candidates, L path length, U distinct items of all paths, K item width
-(fields × dim), F fields, A attention width, H hidden units.
+(fields × dim), F fields, A attention width (`asks_width`), H hidden units.
 """
 
 from __future__ import annotations
@@ -57,13 +58,13 @@ class PathItems:
         >>> items.newest(torch.tensor([2, 0])).tolist()
         [[[2.0]], [[0.0]]]
         """
-        at_B1 = (length_B - 1).clamp(min=0)[:, None]
+        last_B1 = length_B[:, None] - 1
         if self.place_BL is None:
-            at_B1K = at_B1[..., None].expand(-1, 1, self.vectors.shape[2])
-            newest_B1K = self.vectors.gather(1, at_B1K)
-        else:
-            newest_B1K = F.embedding(self.place_BL.gather(1, at_B1), self.vectors)
-        return newest_B1K * (length_B > 0)[:, None, None].to(newest_B1K.dtype)
+            # A product with a row of the identity, and of nothing: fewer nodes of a graph.
+            places_L = torch.arange(self.length, device=length_B.device)
+            return (places_L == last_B1).to(self.vectors.dtype)[:, None] @ self.vectors
+        newest_B1K = F.embedding(self.place_BL.gather(1, last_B1.clamp(min=0)), self.vectors)
+        return newest_B1K * (last_B1 >= 0)[..., None].to(newest_B1K.dtype)
 
 
 class Events(nn.Module):
@@ -118,13 +119,20 @@ class Din(nn.Module):
         self.by_query, self.by_key = nn.Linear(width, hidden), nn.Linear(width, hidden, bias=False)
         self.by_product = nn.Parameter(torch.randn(hidden, width) / width**0.5)
         self.weight = nn.Linear(hidden, 1)
-        self.width = 2 * width
+        self.asks_width, self.width = width, 2 * width
+
+    def asks(self, candidate_BCK: Tensor) -> Tensor:
+        """Return the candidates in the events' space: [B, C, A]."""
+        return cast(Tensor, self.events.item(candidate_BCK))
 
     def forward(
-        self, candidate_BCK: Tensor, items: PathItems, batch: Mapping[str, Tensor]
+        self,
+        candidate_BCK: Tensor,
+        query_BCA: Tensor,
+        items: PathItems,
+        batch: Mapping[str, Tensor],
     ) -> Tensor:
         """Return the weighed sum, and the candidate itself in the same space."""
-        query_BCA = self.events.item(candidate_BCK)
         key_BLA = self.events(items, batch)
         there_BL1 = there(key_BLA, batch)[..., None].to(key_BLA.dtype)
         asking_BCHA = query_BCA[:, :, None] * self.by_product + self.by_key.weight
@@ -218,14 +226,21 @@ class TargetAttention(nn.Module):
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         field_KF = torch.eye(fields).repeat_interleave(dim, dim=0)
         self.register_buffer("field_KF", field_KF, persistent=False)
-        self.width = 2 * width + fields
+        self.asks_width, self.width = width, 2 * width + fields
+
+    def asks(self, candidate_BCK: Tensor) -> Tensor:
+        """Return the candidates' queries: [B, C, A]."""
+        return cast(Tensor, self.query(self.events.item(candidate_BCK)))
 
     def forward(
-        self, candidate_BCK: Tensor, items: PathItems, batch: Mapping[str, Tensor]
+        self,
+        candidate_BCK: Tensor,
+        query_BCA: Tensor,
+        items: PathItems,
+        batch: Mapping[str, Tensor],
     ) -> Tensor:
         """Return what was attended to, how it agrees with the candidate, and the newest event."""
         event_BLA = self._read(self.events(items, batch))
-        query_BCA = self.query(self.events.item(candidate_BCK))
         attended_BCA = self._attended(query_BCA, event_BLA, there(event_BLA, batch))
         newest_BK1 = items.newest(batch["lengths"]).transpose(1, 2)
         alike_BCF = candidate_BCK @ (newest_BK1 * self.field_KF)

@@ -74,19 +74,19 @@ class Encoded:
             return None
         features = Features.of_json(bundle.ranker_features)
         # Plain arrays over the mapped pages: slicing a numpy.memmap costs five times as much.
-        names = (*TABLES, *({"item_embeddings"} & set(inputs)))
+        made = ("item_embeddings", "added_embeddings") if "item_embeddings" in inputs else ()
+        names = (*TABLES, *made, *({"item_vectors"} & set(inputs)))
         tables = {name: np.asarray(bundle.ranker_table(name)) for name in names}
-        tables["item_vectors"] = _vectors(bundle, features)
         _check_tables(bundle, features, tables)
         kept = followed(features.transitions, lambda name: np.asarray(bundle.ranker_table(name)))
         _check_transitions(bundle, kept)
         items = ItemTable(
             tables["item_codes"],
             tables["item_numbers"],
-            tables["item_vectors"],
+            tables.get("item_vectors", np.zeros((bundle.num_items + 1, 0), np.float32)),
             tables["item_raw"],
             kept,
-            tables.get("item_embeddings"),
+            *(tables.get(name) for name in made),
         )
         return cls(features, items, tables["user_codes"], tables["user_numbers"])
 
@@ -182,7 +182,8 @@ class Ranker:
         Of items that were added since, it reads the vector alone, and else what is unknown.
         Raises FloatingPointError where that is not finite, and what the graph itself raises.
         """
-        known_C = np.where(candidates_C > self.num_items, PAD, candidates_C)
+        added_C = candidates_C > self.num_items
+        known_C = np.where(added_C, PAD, candidates_C)
         found = {
             "candidates": known_C[None],
             "retrieval_scores": retrieval_C[None].astype(np.float32),
@@ -192,6 +193,9 @@ class Ranker:
         if self.encoded is not None:
             crossed = "cross_numbers" in self.inputs
             found |= self.encoded.shown(asked, known_C, crossed)
+            if "item_embeddings" in found and added_C.any():
+                vectors_AD = vectors_ND[candidates_C[added_C] - 1]
+                found["item_embeddings"][0, added_C] = self.encoded.items.of_added(vectors_AD)
         given = {name: found[name] if name in found else asked.arrays[name] for name in self.inputs}
         output = PROBABILITIES if self.tasks else SCORES
         answered = np.asarray(self.session.run([output], given)[0][0])
@@ -199,7 +203,7 @@ class Ranker:
             raise FloatingPointError("the ranker's scores are not finite")
         if not self.tasks:
             return Scored(answered.astype(np.float64), np.zeros((len(candidates_C), 0), np.float32))
-        return Scored((answered * asked.weights_T).sum(axis=1), answered)
+        return Scored(answered @ asked.weights_T, answered)
 
 
 def _check_task(name: str, tasks: tuple[str, ...]) -> None:
@@ -232,12 +236,6 @@ def _tasks(bundle: Bundle, entry: Mapping[str, Any]) -> tuple[tuple[str, ...], N
     return tasks, np.array([float(blend.get(task, 0.0)) for task in tasks])
 
 
-def _vectors(bundle: Bundle, features: Features) -> NDArray[np.float32]:
-    if not features.layout.vector_width:
-        return np.zeros((bundle.num_items + 1, 0), np.float32)
-    return np.asarray(bundle.ranker_table("item_vectors"))
-
-
 def _check_tables(bundle: Bundle, features: Features, tables: Mapping[str, NDArray[Any]]) -> None:
     layout = features.layout
     widths = {
@@ -246,8 +244,8 @@ def _check_tables(bundle: Bundle, features: Features, tables: Mapping[str, NDArr
         "item_vectors": layout.vector_width,
     }
     for name, table in tables.items():
-        rows = 1 + (bundle.num_users if name.startswith("user") else bundle.num_items)
-        expected = (rows, widths.get(name, table.shape[-1]))
+        rows = {"item": bundle.num_items, "user": bundle.num_users, "added": bundle.dim}
+        expected = (1 + rows[name.split("_")[0]], widths.get(name, table.shape[-1]))
         if table.shape != expected:
             raise InputError(
                 f"{bundle.path / 'ranker' / name}.npy: {table.shape}, expected {expected}; export "
