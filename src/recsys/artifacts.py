@@ -163,7 +163,7 @@ class Workspace:
     def find(self, kind: str, name: str = "latest") -> Path:
         """Return the directory named `latest`, by its name here, or by its path."""
         for path in (self.folder(kind) / name, Path(name)):
-            if path.is_dir():
+            if name and path.is_dir():
                 return path.resolve()
         known = sorted(p.name for p in self.folder(kind).glob("[!.]*") if not p.is_symlink())
         met = f"there is no {kind} yet" if name == "latest" else f"no {kind} named {name!r}"

@@ -5,7 +5,7 @@ Shapes: B histories, E events in all of them together, L encoded length, R packe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,9 @@ VALUE_BUCKETS = 160
 
 OWN_RECENCY = -1.0
 """Leaves the weight of short-term against long-term interest to the model."""
+
+PER_EVENT = ("items", "types", "gaps", "times", "values")
+"""What may be encoded of each event."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -141,12 +144,14 @@ def encode(
     max_length: int,
     now: NDArray[np.int64],
     recency: NDArray[np.float32] | None = None,
+    of_events: Collection[str] = PER_EVENT,
 ) -> Arrays:
     """Cut to the newest events, right-pad and encode: what every encoder reads.
 
-    Returns int64 arrays `items`, `types`, `gaps`, `times`, `values` (buckets) [B, L], `lengths` [B]
-    and the request context [B]; L is the longest kept history, at least 1. `recency` float32 [B] is
-    the weight of short-term against long-term interest, -1 where the model chooses.
+    Returns int64 arrays `items`, `types`, `gaps`, `times`, `values` (buckets) [B, L], those that
+    `of_events` names, `lengths` [B] and the request context [B]; L is the longest kept history, at
+    least 1. `recency` float32 [B] is the weight of short-term against long-term interest, -1 where
+    the model chooses.
 
     >>> h = Histories.of([(np.array([5, 6, 7]), np.array([1, 1, 1]), np.array([0, 1000, 9000]))])
     >>> encode(h, 2, np.array([10_000]))["items"]
@@ -159,7 +164,7 @@ def encode(
     if recency is None:
         recency = np.full(len(kept), OWN_RECENCY, np.float32)
     asked: Arrays = {"lengths": lengths, "recency": recency}
-    return _grids(kept, at_BL) | asked | request_context(last, now)
+    return _grids(kept, at_BL, of_events) | asked | request_context(last, now)
 
 
 def pack(
@@ -254,21 +259,27 @@ def _right_padded(histories: Histories) -> NDArray[np.int64]:
     return np.where(places_L < lengths[:, None], at_BL, len(histories.items))
 
 
-def _grids(histories: Histories, at_RL: NDArray[np.int64] | None) -> Arrays:
-    flat = {
-        "items": histories.items,
-        "types": histories.types,
-        "gaps": gaps_within(histories),
-        "times": seconds_within(histories),
+def _grids(
+    histories: Histories, at_RL: NDArray[np.int64] | None, names: Collection[str] = PER_EVENT
+) -> Arrays:
+    made: dict[str, Callable[[], NDArray]] = {
+        "items": lambda: histories.items,
+        "types": lambda: histories.types,
+        "gaps": lambda: gaps_within(histories),
+        "times": lambda: seconds_within(histories),
+        "values": lambda: _value_buckets(histories),
     }
-    if histories.values is not None:
-        flat["values"] = value_bucket(histories.values)
-    grids = {name: _laid(column, at_RL) for name, column in flat.items()}
-    return grids if "values" in grids else grids | {"values": np.zeros_like(grids["items"])}
+    return {name: _laid(make(), at_RL) for name, make in made.items() if name in names}
+
+
+def _value_buckets(histories: Histories) -> NDArray[np.int64]:
+    if histories.values is None:
+        return np.zeros(len(histories.items), np.int64)
+    return value_bucket(histories.values)
 
 
 def _laid(flat: NDArray, at_RL: NDArray[np.int64] | None) -> NDArray[np.int64]:
     """Return the column with each event where it stands, else 0; without places, as one row."""
     if at_RL is not None:
-        return np.append(flat, 0).astype(np.int64, copy=False)[at_RL]
+        return np.append(flat, 0).astype(np.int64, copy=False).take(at_RL)
     return flat[None].astype(np.int64) if len(flat) else np.zeros((1, 1), np.int64)

@@ -91,6 +91,8 @@ def test_latest_moves_and_names_are_found(tmp_path: Path) -> None:
     assert workspace.find("dataset", "a") == workspace.find("dataset", str(first)) == first
     with pytest.raises(InputError, match=r"no dataset named 'c' in .*; there is: a, b; make one"):
         workspace.find("dataset", "c")
+    with pytest.raises(InputError, match="no dataset named '' in"):
+        workspace.find("dataset", "")
 
 
 def test_a_full_disk_is_explained_and_our_own_mistakes_are_not() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from recsys.models.lookups import Embedding, row_sums
+from recsys.models.lookups import Embedding, Run, row_sums, sums_over
 
 
 @pytest.mark.parametrize("shape", [(6, 2), (300, 90)], ids=["few", "many"])
@@ -24,6 +24,23 @@ def test_row_sums_are_sums_of_lookups_with_their_gradients(
     pull = torch.randn_like(summed)
     ours, theirs = (torch.autograd.grad(answer, tables, pull) for answer in (summed, plain))
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(6, 2), (300, 90)], ids=["few", "many"])
+@pytest.mark.parametrize("sizes", [(5, 3), (120, 90, 2, 7), (40_000, 30)], ids=str)
+def test_sums_over_what_is_there_leave_the_rest_out(
+    sizes: tuple[int, ...], shape: tuple[int, int]
+) -> None:
+    tables = [torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in sizes]
+    codes, there = [torch.randint(n, shape) for n in sizes], torch.rand(shape) > 0.3
+    there[0] = False
+    ours, plain = sums_over(tables, codes, there), row_sums(tables, codes)
+    wanted = (plain * there[..., None]).sum(1)
+    torch.testing.assert_close(ours, wanted)
+    pull = torch.randn_like(wanted)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(answer, tables, pull) for answer in (ours, wanted))
+    )
 
 
 @pytest.mark.parametrize("padding", [None, 0, 2])
@@ -43,11 +60,14 @@ def test_an_embedding_is_pytorchs(padding: int | None, shape: tuple[int, ...]) -
 
 
 @pytest.mark.parametrize("rows", [4, 9_000], ids=["few", "many"])
-def test_runs_of_rows_are_as_they_are_or_summed_with_their_gradients(rows: int) -> None:
+@pytest.mark.parametrize("values", [range(0), range(10, 50)], ids=["read", "counted"])
+def test_runs_of_rows_are_as_they_are_or_summed_with_their_gradients(
+    values: range, rows: int
+) -> None:
     table = Embedding(50, 3, padding_idx=0)
-    index = torch.randint(50, (rows, 2, 6))
-    index[:, :, 3:] *= torch.randint(2, (rows, 2, 3))
-    runs = [(2, False), (3, True), (1, False)]
+    index = torch.randint(10, 50, (rows, 2, 6))
+    index[:, :, 2:] *= torch.randint(2, (rows, 2, 4))
+    runs = [Run(2), Run(3, sums=True, values=values), Run(1)]
     vectors = F.embedding(index, table.weight, padding_idx=0)
     parts = vectors[..., :2, :].flatten(-2), vectors[..., 2:5, :].sum(-2), vectors[..., 5, :]
     plain, ours = torch.cat(parts, dim=-1), table.summed(index, runs)

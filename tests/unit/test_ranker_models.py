@@ -43,6 +43,7 @@ SHIPPED = {
     for group in GROUPS
 }
 CHOICES = [f"{group}={name}" for group, names in SHIPPED.items() for name in names]
+PATHS = [name for name in SHIPPED["path"] if name != "none"]
 FURTHER = ["heads.esmm=true", "crossing.structure=parallel", "heads=ple,heads.levels=2"]
 TASKS = ("view", "cart", "purchase", "dwell")
 LAYOUT = Layout(
@@ -125,7 +126,7 @@ def test_every_choice_answers_each_candidate_alone(choice: str) -> None:
     assert torch.allclose(together, torch.cat(alone, dim=1), atol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["din", "target_attention", "transformer"])
+@pytest.mark.parametrize("path", PATHS)
 def test_padding_says_nothing(path: str) -> None:
     model = made(f"path={path}", values=True)
     batch = random_batch(model, LAYOUT, (4, 3, 6))
@@ -136,7 +137,7 @@ def test_padding_says_nothing(path: str) -> None:
     assert torch.allclose(answer(model, batch), answer(model, padded), atol=1e-6)
 
 
-@pytest.mark.parametrize("path", ["din", "target_attention", "transformer"])
+@pytest.mark.parametrize("path", PATHS)
 def test_items_met_again_are_looked_up_once_in_training_to_the_same_end(path: str) -> None:
     model = made(f"path={path}", dropout=0.0, values=True)
     batch = random_batch(model, LAYOUT, (4, 3, 6))
@@ -148,7 +149,7 @@ def test_items_met_again_are_looked_up_once_in_training_to_the_same_end(path: st
     assert torch.allclose(trained, answer(model, batch), atol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["din", "target_attention", "transformer"])
+@pytest.mark.parametrize("path", PATHS)
 def test_reads_what_events_were_worth_but_the_newest(path: str) -> None:
     model = made(f"path={path}", values=True)
     batch = random_batch(model, LAYOUT, (4, 3, 6))
@@ -333,7 +334,9 @@ def test_every_choice_learns_a_crossing(choice: str) -> None:
 def test_every_choice_learns_from_the_path_if_it_reads_one(choice: str) -> None:
     # DIN sums the path: that the newest event is another kind of evidence takes it longer.
     reached = learned_auc(choice, path_problem(), 100 if choice == "path=din" else 60)
-    assert (reached > 0.95) == (choice != "path=none")
+    # A mean does not tell the newest event from the others.
+    least, most = {"path=none": (0.0, 0.6), "path=mean": (0.7, 0.95)}.get(choice, (0.95, 1.0))
+    assert least < reached <= most
 
 
 # Losses.

@@ -6,7 +6,7 @@ Shapes: Q requests, R shown items, B requests of a batch, C candidates of each, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from recsys.data.rates import rates_as_of, snapshot
 from recsys.data.transitions import TransitionLog
 from recsys.features import OTHER, Features, ItemTable, Rate, gather
 from recsys.features.transitions import followed, kept
-from recsys.history import Arrays, Histories, encode
+from recsys.history import PER_EVENT, Arrays, Histories, encode
 from recsys.schema import InputError, suggestion
 
 FEATURES = "features.json"
@@ -166,18 +166,21 @@ class Shown:
         return self.dataset.histories(self.examples.users[requests], self.examples.places[requests])
 
     def arrays(
-        self, requests: Ints, path: bool = True, distinct: DistinctItems | None = None
+        self,
+        requests: Ints,
+        inputs: Collection[str] | None = None,
+        distinct: DistinctItems | None = None,
     ) -> Arrays:
         """Return everything that a ranker may read of some requests, and their `labels` [B, C, T].
 
         Where a request shows fewer items than others its row ends with item 0 and unknown labels.
-        Without `path` what the path alone says is left out, which is most of the time; `distinct`
+        Of the path what is not among `inputs` is left out, which is most of the time; `distinct`
         looks the items of all paths up once each.
         """
         examples, rows_BC = self.examples, grid(self.examples.offsets, requests)
         real_BC = rows_BC >= 0
         items_BC = np.where(real_BC, examples.items[rows_BC], 0)
-        found = self._paths(requests) if path else {}
+        found = self._paths(requests, inputs)
         found |= {name: values[requests] for name, values in self.request.items()}
         items_BL = found.get("items")
         found |= gather(self.tables.items, items_BC, None if distinct else items_BL)
@@ -193,8 +196,11 @@ class Shown:
         labels_BCT = np.where(real_BC[..., None], examples.labels[rows_BC], np.nan)
         return found | {"labels": labels_BCT.astype(np.float32)}
 
-    def _paths(self, requests: Ints) -> Arrays:
-        return encode(self.histories(requests), self.length, self.examples.times[requests])
+    def _paths(self, requests: Ints, inputs: Collection[str] | None) -> Arrays:
+        if inputs is not None and "path_codes" not in inputs:
+            return {}
+        asked = self.histories(requests), self.length, self.examples.times[requests]
+        return encode(*asked, of_events=PER_EVENT if inputs is None else ("items", *inputs))
 
 
 def asked(
@@ -361,14 +367,14 @@ class DistinctItems:
         >>> found["path_codes"][found["path_places"], 0].tolist(), len(found["path_codes"])
         ([[6, 0, 5], [6, 5, 6]], 3)
         """
-        kinds_BL = self.kind_N[items_BL]
+        kinds_BL = self.kind_N.take(items_BL)
         flat_P, places_K = kinds_BL.ravel(), self.places_K
         at_P = np.arange(len(flat_P), dtype=np.int32)
         places_K[flat_P] = at_P  # of each kind one place stays
-        kinds_U = flat_P[places_K[flat_P] == at_P]
+        kinds_U = flat_P[places_K.take(flat_P) == at_P]
         places_K[kinds_U] = at_P[: len(kinds_U)]
         codes_UW = self.codes_NW[self.first_K[kinds_U]].astype(np.int64)
-        return {"path_codes": codes_UW, "path_places": places_K[kinds_BL]}
+        return {"path_codes": codes_UW, "path_places": places_K.take(kinds_BL)}
 
 
 class ShownBatches(Batches):
@@ -413,7 +419,7 @@ class ShownBatches(Batches):
     def collate(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Arrays:
         """Return the model's inputs and `labels`."""
         requests = self.training[rows]
-        arrays = self.shown.arrays(requests, self.distinct is not None, self.distinct)
+        arrays = self.shown.arrays(requests, self.inputs, self.distinct)
         hides = np.append(rng.random(self.draws(rows)) < self.hidden, False)
         ends = np.cumsum(1 + self.cost(rows))
         hides_BX = hides[grid(np.append(0, ends), np.arange(len(rows)))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,28 @@ from torch.nn import functional as F
 
 MANY = 16_000
 """Look-ups from which on gradients are added up in order."""
-Runs = Sequence[tuple[int, bool]]
-"""How many neighbouring rows, and whether they are summed."""
-ALONE: Runs = ((1, False),)
+FEW = 256
+"""Rows of a table up to which they are counted."""
+
+
+class Run(NamedTuple):
+    """How many neighbouring rows are read, and whether they are summed.
+
+    values: those that a run sums are among these, or 0, which is a row of zeros.
+    """
+
+    width: int
+    sums: bool = False
+    values: range = range(0)
+
+    @property
+    def counted(self) -> bool:
+        """Whether it is faster to count how often each value is read."""
+        return self.sums and 0 < len(self.values) <= FEW
+
+
+Runs = Sequence[Run]
+ALONE: Runs = (Run(1),)
 
 
 class Embedding(nn.Embedding):
@@ -41,16 +60,16 @@ class Embedding(nn.Embedding):
         """Return the rows [..., K] of runs side by side, those of a run that sums added up.
 
         >>> table = Embedding.from_pretrained(torch.tensor([[1.0], [10.0], [100.0]]))
-        >>> table.summed(torch.tensor([[0, 1, 1, 2]]), [(2, False), (2, True)]).tolist()
+        >>> table.summed(torch.tensor([[0, 1, 1, 2]]), [Run(2), Run(2, sums=True)]).tolist()
         [[1.0, 10.0, 110.0]]
         """
         if self._ours():
             found: Tensor = _Rows.apply(self.weight, rows.flatten(0, -2), runs, self.padding_idx)
             return found.unflatten(0, rows.shape[:-1])
-        parts = super().forward(rows).split([width for width, _ in runs], dim=-2)
+        parts = super().forward(rows).split([run.width for run in runs], dim=-2)
         summed = [
-            part.sum(-2) if sums else part.flatten(-2)
-            for part, (_, sums) in zip(parts, runs, strict=True)
+            part.sum(-2) if run.sums else part.flatten(-2)
+            for part, run in zip(parts, runs, strict=True)
         ]
         return torch.cat(summed, dim=-1)
 
@@ -68,9 +87,42 @@ def row_sums(tables: Sequence[Tensor], codes: Sequence[Tensor]) -> Tensor:
     tables, codes = _joined(tables, codes)
     first = [0, *accumulate(map(len, tables))]
     rows_BLK = torch.stack([code + row for code, row in zip(codes, first, strict=False)], dim=-1)
-    together = [(len(tables), True)]
+    together = [Run(len(tables), sums=True)]
     summed: Tensor = _Rows.apply(torch.cat(list(tables)), rows_BLK.flatten(0, 1), together, None)
     return summed.unflatten(0, codes[0].shape)
+
+
+def sums_over(tables: Sequence[Tensor], codes: Sequence[Tensor], there_BL: Tensor) -> Tensor:
+    """Return the sum of `row_sums` over the places that are there, in one pass: [B, A].
+
+    Of tables with few rows each row is counted, and multiplied by how often it is read.
+
+    >>> codes, there = [torch.tensor([[1, 0, 1]])], torch.tensor([[True, True, False]])
+    >>> sums_over([torch.eye(2)], codes, there)
+    tensor([[1., 1.]])
+    """
+    return torch.stack(
+        [
+            _counted(table, code_BL, there_BL)
+            if len(table) <= FEW
+            else _bagged(table, code_BL, there_BL)
+            for table, code_BL in zip(tables, codes, strict=True)
+        ]
+    ).sum(0)
+
+
+def _counted(table_RA: Tensor, code_BL: Tensor, there_BL: Tensor) -> Tensor:
+    count_BR = table_RA.new_zeros(len(code_BL), len(table_RA))
+    return count_BR.scatter_add_(1, code_BL, there_BL.to(table_RA.dtype)) @ table_RA
+
+
+def _bagged(table_RA: Tensor, code_BL: Tensor, there_BL: Tensor) -> Tensor:
+    nothing_1A, rows_BL = table_RA.new_zeros(1, table_RA.shape[1]), code_BL + 1
+    together = [Run(code_BL.shape[1], sums=True)]
+    summed: Tensor = _Rows.apply(
+        torch.cat([nothing_1A, table_RA]), torch.where(there_BL, rows_BL, 0), together, 0
+    )
+    return summed
 
 
 def _joined(
@@ -93,30 +145,50 @@ class _Rows(torch.autograd.Function):
     def forward(
         ctx: Any, table_RA: Tensor, rows_EK: Tensor, runs: Runs, padding: int | None
     ) -> Tensor:
-        ctx.save_for_backward(rows_EK)
-        ctx.count, ctx.runs, ctx.padding = len(table_RA), runs, padding
-        parts = rows_EK.split([width for width, _ in runs], dim=1)
-        found = [
-            F.embedding_bag(part, table_RA, mode="sum")
-            if sums
-            else F.embedding(part, table_RA).flatten(1)
-            for part, (_, sums) in zip(parts, runs, strict=True)
+        parts = rows_EK.split([run.width for run in runs], dim=1)
+        # What the gradient is added up from: rows, or how often each value was read.
+        read = [
+            _counts(part, run) if run.counted else part
+            for part, run in zip(parts, runs, strict=True)
         ]
+        ctx.save_for_backward(*read)
+        ctx.count, ctx.runs, ctx.padding = len(table_RA), runs, padding
+        found = [_found(table_RA, part, run) for part, run in zip(read, runs, strict=True)]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (rows_EK,), (grad_EG,) = ctx.saved_tensors, grads
-        answered = [1 if sums else count for count, sums in ctx.runs]
+        read, (grad_EG,) = ctx.saved_tensors, grads
+        answered = [1 if run.sums else run.width for run in ctx.runs]
         width = grad_EG.shape[1] // sum(answered)
         grad_RA = grad_EG.new_zeros(ctx.count, width)
-        rows = rows_EK.split([count for count, _ in ctx.runs], dim=1)
         parts = grad_EG.split([width * count for count in answered], dim=1)
-        for rows_Ek, part, (_, sums) in zip(rows, parts, ctx.runs, strict=True):
-            _add(grad_RA, rows_Ek if sums else rows_Ek.reshape(-1, 1), part.reshape(-1, width))
+        for read_E, part, run in zip(read, parts, ctx.runs, strict=True):
+            if run.counted:
+                grad_RA[run.values.start : run.values.stop] += read_E.T @ part
+            else:
+                rows_EK = read_E if run.sums else read_E.reshape(-1, 1)
+                _add(grad_RA, rows_EK, part.reshape(-1, width))
         if ctx.padding is not None:
             grad_RA[ctx.padding] = 0
         return grad_RA, None, None, None
+
+
+def _found(table_RA: Tensor, read_E: Tensor, run: Run) -> Tensor:
+    if run.counted:
+        return read_E @ table_RA[run.values.start : run.values.stop]
+    if run.sums:
+        return F.embedding_bag(read_E, table_RA, mode="sum")
+    return F.embedding(read_E, table_RA).flatten(1)
+
+
+def _counts(rows_EK: Tensor, run: Run) -> Tensor:
+    """Return how often each value of a run is among rows: float32 [E, values]."""
+    count_EV = torch.zeros(len(rows_EK), 1 + len(run.values), device=rows_EK.device)
+    at_EK = (rows_EK - (run.values.start - 1)).clamp_(min=0)
+    return count_EV.scatter_add_(1, at_EK, torch.ones((), device=at_EK.device).expand_as(at_EK))[
+        :, 1:
+    ]
 
 
 def _add(grad_RA: Tensor, rows_EK: Tensor, grad_EA: Tensor) -> None:
@@ -125,15 +197,20 @@ def _add(grad_RA: Tensor, rows_EK: Tensor, grad_EA: Tensor) -> None:
     Many look-ups are sorted first: that takes less than to find each row in memory. PyTorch sorts
     16 bits several times faster than more.
     """
-    if len(rows_EK) < MANY or len(grad_RA) > torch.iinfo(torch.int16).max:
-        grad_RA.index_add_(0, rows_EK.t().flatten(), grad_EA.repeat(rows_EK.shape[1], 1))
-        return
-    for rows_E in rows_EK.unbind(1):
-        _add_sorted(grad_RA, rows_E, grad_EA)
+    each = rows_EK.shape[1]
+    lookups = len(rows_EK) * (each if each > 8 else 1)
+    if lookups < MANY or len(grad_RA) > torch.iinfo(torch.int16).max:
+        grad_RA.index_add_(0, rows_EK.t().flatten(), grad_EA.repeat(each, 1))
+    elif len(rows_EK) < MANY:
+        _add_sorted(grad_RA, rows_EK.flatten(), grad_EA, each)
+    else:
+        for rows_E in rows_EK.unbind(1):
+            _add_sorted(grad_RA, rows_E, grad_EA)
 
 
-def _add_sorted(grad_RA: Tensor, rows_E: Tensor, grad_EA: Tensor) -> None:
+def _add_sorted(grad_RA: Tensor, rows_E: Tensor, grad_EA: Tensor, each: int = 1) -> None:
+    """Add gradients to the rows that were read; `each`: how many neighbours share a gradient."""
     sorted_E, order_E = rows_E.short().sort(stable=True)
     count_R = torch.bincount(sorted_E, minlength=len(grad_RA))
     starts_R = count_R.cumsum(0) - count_R
-    grad_RA += F.embedding_bag(order_E, grad_EA, starts_R, mode="sum")
+    grad_RA += F.embedding_bag(order_E // each, grad_EA, starts_R, mode="sum")

@@ -22,7 +22,7 @@ from recsys.models.calibration import Calibration
 from recsys.models.chances import RetrievalChances, kinds
 from recsys.models.crossing import Dcnv2
 from recsys.models.heads import Mmoe
-from recsys.models.lookups import Embedding
+from recsys.models.lookups import Embedding, Run
 from recsys.models.target import PathItems, TargetAttention
 from recsys.schema import InputError
 
@@ -200,10 +200,11 @@ class Codes(nn.Module):
     def __init__(self, request: Sequence[Field], item: Sequence[Field], dim: int) -> None:
         super().__init__()
         self.fields = {"request_codes": tuple(request), "item_codes": tuple(item)}
-        self.runs = {name: _runs(fields) for name, fields in self.fields.items()}
+        self.runs = {}
         row = 1
         for name, fields in self.fields.items():
             first_F = row + torch.tensor([0, *(f.size for f in fields)]).cumsum(0)
+            self.runs[name] = _runs(fields, row)
             widths_F = torch.tensor([f.width for f in fields], dtype=torch.long)
             first_W = first_F[:-1].repeat_interleave(widths_F)
             self.register_buffer(f"{name}_first", first_W, persistent=False)
@@ -218,7 +219,7 @@ class Codes(nn.Module):
     def forward(self, name: str, codes: Tensor) -> Tensor:
         """Return the fields' vectors side by side, [..., F * D], of codes [..., W]."""
         rows, runs = codes + self.get_buffer(f"{name}_first"), self.runs[name]
-        if not any(several for _, several in runs):
+        if not any(run.sums for run in runs):
             return cast(Tensor, self.table(rows).flatten(-2))
         rows = torch.where((codes > 0) | self.get_buffer(f"{name}_single"), rows, 0)
         summed = self.table.summed(rows, runs).unflatten(-1, (len(self.fields[name]), -1))
@@ -227,16 +228,21 @@ class Codes(nn.Module):
         return (summed / count_F[..., None]).flatten(-2)
 
 
-def _runs(fields: Sequence[Field]) -> list[tuple[int, bool]]:
+def _runs(fields: Sequence[Field], row: int) -> list[Run]:
     """Return the places of each field of several, and of neighbours of one place together.
 
-    >>> _runs([Field("a", 2), Field("b", 2), Field("c", 2, 5)])
-    [(2, False), (5, True)]
+    row: where the fields' rows begin.
+
+    >>> _runs([Field("a", 2), Field("b", 2), Field("c", 2, 5)], 1)
+    [Run(width=2, sums=False, values=range(1, 5)), Run(width=5, sums=True, values=range(5, 7))]
     """
     runs = []
-    for several, run in groupby(fields, lambda field: field.width > 1):
-        widths = [field.width for field in run]
-        runs += [(width, several) for width in (widths if several else [sum(widths)])]
+    for several, found in groupby(fields, lambda field: field.width > 1):
+        run = list(found)
+        for some in [[field] for field in run] if several else [run]:
+            end = row + sum(field.size for field in some)
+            runs.append(Run(sum(field.width for field in some), several, range(row, end)))
+            row = end
     return runs
 
 

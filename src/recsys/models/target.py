@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from recsys.history import GAP_BUCKETS, VALUE_BUCKETS
 from recsys.models.layers import Attention, Path
-from recsys.models.lookups import row_sums
+from recsys.models.lookups import row_sums, sums_over
 from recsys.schema import EVENT_TYPES, InputError
 
 MakeLayer = Callable[..., nn.Module]
@@ -50,6 +50,15 @@ class PathItems:
         for table, code_BL in zip(tables, codes, strict=True):
             answer = answer + F.embedding(code_BL, table)
         return answer
+
+    def summed(
+        self, layer: nn.Module, tables: Sequence[Tensor], codes: Sequence[Tensor], there_BL: Tensor
+    ) -> Tensor:
+        """Return the sum of `through` over the places that are there: [B, A]."""
+        if self.place_BL is None:
+            told_BLA = self.through(layer, tables, codes)
+            return (there_BL[:, None].to(told_BLA.dtype) @ told_BLA).squeeze(1)
+        return sums_over([layer(self.vectors), *tables], [self.place_BL, *codes], there_BL)
 
     def newest(self, length_B: Tensor) -> Tensor:
         """Return the newest event's vector [B, 1, K], zeros where the path is empty.
@@ -85,14 +94,59 @@ class Events(nn.Module):
 
     def forward(self, items: PathItems, batch: Mapping[str, Tensor]) -> Tensor:
         """Return event_BLA."""
+        return items.through(self.item, *self._told(items.length, batch))
+
+    def mean(self, items: PathItems, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean of each path's events [B, A], zeros where it is empty."""
+        there_BL = there(items.length, batch)
+        sum_BA = items.summed(self.item, *self._told(items.length, batch), there_BL)
+        return sum_BA / batch["lengths"].clamp(min=1)[:, None]
+
+    def _told(self, length: int, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the tables of what is read of events, and each event's codes [B, L] in them."""
         length_B1 = batch["lengths"][:, None]
-        places_L = torch.arange(items.length, device=length_B1.device)
+        places_L = torch.arange(length, device=length_B1.device)
         since_BL = (length_B1 - 1 - places_L).clamp(min=0)
         told = {"since": since_BL, **{name: batch[name] for name in self.reads}}
         if "values" in told:
             told["values"] = told["values"].masked_fill(since_BL == 0, 0)
         tables = [cast(nn.Embedding, self.get_submodule(name)).weight for name in told]
-        return items.through(self.item, tables, list(told.values()))
+        return tables, list(told.values())
+
+
+class Mean(nn.Module):
+    """The mean of the path's events, whatever the candidate, and its product with the candidate.
+
+    Source: average pooling, as of Covington et al. 2016, section 3.2.
+    """
+
+    def __init__(
+        self,
+        fields: int,
+        dim: int,
+        max_length: int,
+        dropout: float,
+        reads: Sequence[str],
+        width: int = 16,
+    ) -> None:
+        super().__init__()
+        self.events = Events(fields * dim, width, max_length, reads)
+        self.asks_width, self.width = width, 2 * width
+
+    def asks(self, candidate_BCK: Tensor) -> Tensor:
+        """Return the candidates in the events' space: [B, C, A]."""
+        return cast(Tensor, self.events.item(candidate_BCK))
+
+    def forward(
+        self,
+        candidate_BCK: Tensor,
+        query_BCA: Tensor,
+        items: PathItems,
+        batch: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Return the mean beside each candidate, and their product."""
+        mean_BCA = self.events.mean(items, batch)[:, None].expand_as(query_BCA)
+        return torch.cat([mean_BCA, mean_BCA * query_BCA], dim=-1)
 
 
 class Din(nn.Module):
@@ -134,7 +188,7 @@ class Din(nn.Module):
     ) -> Tensor:
         """Return the weighed sum, and the candidate itself in the same space."""
         key_BLA = self.events(items, batch)
-        there_BL1 = there(key_BLA, batch)[..., None].to(key_BLA.dtype)
+        there_BL1 = there(items.length, batch)[..., None].to(key_BLA.dtype)
         asking_BCHA = query_BCA[:, :, None] * self.by_product + self.by_key.weight
         asked = asking_BCHA, self.by_query(query_BCA), self.weight.weight, self.weight.bias
         if torch.is_grad_enabled() and not torch.onnx.is_in_onnx_export():
@@ -241,7 +295,7 @@ class TargetAttention(nn.Module):
     ) -> Tensor:
         """Return what was attended to, how it agrees with the candidate, and the newest event."""
         event_BLA = self._read(self.events(items, batch))
-        attended_BCA = self._attended(query_BCA, event_BLA, there(event_BLA, batch))
+        attended_BCA = self._attended(query_BCA, event_BLA, there(items.length, batch))
         newest_BK1 = items.newest(batch["lengths"]).transpose(1, 2)
         alike_BCF = candidate_BCK @ (newest_BK1 * self.field_KF)
         return torch.cat([attended_BCA, attended_BCA * query_BCA, alike_BCF], dim=-1)
@@ -312,7 +366,7 @@ class Transformer(TargetAttention):
         return event_BLA
 
 
-def there(event_BLA: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+def there(length: int, batch: Mapping[str, Tensor]) -> Tensor:
     """Return where the path has an event rather than padding: bool [B, L]."""
-    places_L = torch.arange(event_BLA.shape[1], device=event_BLA.device)
-    return places_L < batch["lengths"][:, None]
+    length_B1 = batch["lengths"][:, None]
+    return torch.arange(length, device=length_B1.device) < length_B1

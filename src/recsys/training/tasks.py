@@ -33,7 +33,7 @@ def predict(
     requests = examples.requests(part)
     found = [np.zeros((0, len(examples.examples.tasks)))]
     for some in chunks(len(requests), TOGETHER):
-        arrays = examples.arrays(requests[some], "path_codes" in inputs)
+        arrays = examples.arrays(requests[some], inputs)
         given = (torch.from_numpy(as_model(arrays[name])).to(device) for name in inputs)
         logit_BCT = model(*given).float().cpu().numpy()
         found.append(logit_BCT[grid(examples.examples.offsets, requests[some]) >= 0])
