@@ -279,29 +279,19 @@ def sampled_softmax(
     catalogue a step meets, the nearer it is to the full softmax. chunk, products: as of
     `full_softmax`.
     """
-    parts = sharing(len(target_P), shared)
-    draws = [_draw(items, target_P[part], negatives, by, logq) for part in parts]
+    # Split, not sliced: the gradient of each slice would be as large as the whole.
+    draws = [_draw(items, target_C, negatives, by, logq) for target_C in target_P.split(shared)]
     half = products == "bf16" or (products == "auto" and bf16_pays(query_PD))
     # One look-up, so that a table gets one gradient of its whole size.
     wanted = [target_P, *(draw.items_K for draw in draws)]
     own_PD, *drawn = items.of(torch.cat(wanted)).split([len(one) for one in wanted])
-    query_PD = query_PD / temperature
+    queries, own = (query_PD / temperature).split(shared), own_PD.split(shared)
+    weights = [None] * len(draws) if weight_P is None else weight_P.split(shared)
     total = query_PD.new_zeros((), dtype=torch.float32)
-    for part, draw, drawn_KD in zip(parts, draws, drawn, strict=True):
-        weight_C = None if weight_P is None else weight_P[part]
-        rows = query_PD[part], own_PD[part], drawn_KD, draw.offset_K, draw.hit_P
-        mean = SampledCrossEntropy.apply(*rows, weight_C, chunk, half)
-        total = total + mean * (len(query_PD[part]) / max(1, len(query_PD)))
-    return total
-
-
-def sharing(positions: int, shared: int) -> list[slice]:
-    """Return which positions have the same negatives; there is one draw where there are none.
-
-    >>> sharing(5, 2), sharing(0, 2)
-    ([slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)], [slice(0, 2, None)])
-    """
-    return [slice(at, at + shared) for at in range(0, max(1, positions), shared)]
+    for *rows, draw, weight_C in zip(queries, own, drawn, draws, weights, strict=True):
+        corrected = draw.offset_K, draw.hit_P, weight_C
+        total = total + len(rows[0]) * SampledCrossEntropy.apply(*rows, *corrected, chunk, half)
+    return total / max(1, len(query_PD))
 
 
 class Negatives(NamedTuple):

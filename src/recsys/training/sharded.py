@@ -5,6 +5,7 @@ Shapes: P positions, C candidates.
 
 from __future__ import annotations
 
+import math
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from recsys import peers
 from recsys.artifacts import LAST
-from recsys.losses import ItemSide, sharing
+from recsys.losses import ItemSide
 from recsys.models.tables import Sharded, sharded_tables
 from recsys.schema import InputError
 from recsys.training.module import Loss, RetrieverModule
@@ -113,9 +114,9 @@ def read_by(loss: Loss, items: ItemSide, targets: Tensor) -> Tensor:
     settings = {name: one.default for name, one in signature(loss).parameters.items()}
     if "negatives" in settings:
         positions = int((targets > 0).sum())
-        draws = sharing(positions, settings.get("shared", max(1, positions)))
+        draws = math.ceil(positions / settings["shared"]) if "shared" in settings else 1
         asked = settings["negatives"], settings.get("by", "uniform")
-        return torch.cat([items.sample(*asked)[0] for _ in draws])
+        return torch.cat([items.sample(*asked)[0] for _ in range(max(1, draws))])
     _check_loss(loss)
     others, _ = items.gather(targets[targets > 0])
     return torch.cat([others, items.sample(settings["uniform_negatives"], "uniform")[0]])
