@@ -9,9 +9,10 @@ Queries are [P, D], or [P, H, D]: then an item's score is the nearest interest's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
@@ -279,19 +280,13 @@ def sampled_softmax(
     catalogue a step meets, the nearer it is to the full softmax. chunk, products: as of
     `full_softmax`.
     """
-    # Split, not sliced: the gradient of each slice would be as large as the whole.
     draws = [_draw(items, target_C, negatives, by, logq) for target_C in target_P.split(shared)]
     half = products == "bf16" or (products == "auto" and bf16_pays(query_PD))
     # One look-up, so that a table gets one gradient of its whole size.
-    wanted = [target_P, *(draw.items_K for draw in draws)]
-    own_PD, *drawn = items.of(torch.cat(wanted)).split([len(one) for one in wanted])
-    queries, own = (query_PD / temperature).split(shared), own_PD.split(shared)
-    weights = [None] * len(draws) if weight_P is None else weight_P.split(shared)
-    total = query_PD.new_zeros((), dtype=torch.float32)
-    for *rows, draw, weight_C in zip(queries, own, drawn, draws, weights, strict=True):
-        corrected = draw.offset_K, draw.hit_P, weight_C
-        total = total + len(rows[0]) * SampledCrossEntropy.apply(*rows, *corrected, chunk, half)
-    return total / max(1, len(query_PD))
+    read_AD = items.of(torch.cat([target_P, *(draw.items_K for draw in draws)]))
+    own_PD, drawn_KD = read_AD.tensor_split([len(target_P)])
+    rows = query_PD / temperature, own_PD, drawn_KD
+    return cast(Tensor, SampledCrossEntropy.apply(*rows, draws, weight_P, shared, chunk, half))
 
 
 class Negatives(NamedTuple):
@@ -313,10 +308,10 @@ def _draw(items: ItemSide, target_P: Tensor, negatives: int, by: Drawn, logq: bo
 
 
 class SampledCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of an item of each position's own among drawn ones that all share.
+    """Mean cross-entropy of an item of each position's own among drawn ones that many share.
 
-    As `LinearCrossEntropy`, with gradients made while logits are in cache. offset_K is added to the
-    scores of the drawn; hit_P: which of them is the position's own, -1 for none: it does not count.
+    As `LinearCrossEntropy`, with gradients made while logits are in cache. drawn_KD: of all draws,
+    one after the other, each for the next `shared` positions.
     """
 
     @staticmethod
@@ -325,47 +320,35 @@ class SampledCrossEntropy(torch.autograd.Function):
         query_PD: Tensor,
         own_PD: Tensor,
         drawn_KD: Tensor,
-        offset_K: Tensor,
-        hit_P: Tensor,
+        draws: Sequence[Negatives],
         weight_P: Tensor | None,
+        shared: int,
         chunk: int,
         half: bool,
     ) -> Tensor:
         """Return the scalar loss, keeping its gradients for the backward pass."""
         dtype = torch.bfloat16 if half else query_PD.dtype
+        kept = torch.float32 if half else dtype
         ctx.kinds = query_PD.dtype, own_PD.dtype, drawn_KD.dtype
         positions, shape = len(query_PD), query_PD.shape
-        query_PD, own_PD = _even(query_PD.to(dtype)), _even(own_PD.to(dtype))
-        hit_P, weight_P = _even(hit_P), _even(weight_P)
-        place, kept = len(drawn_KD), torch.float32 if half else dtype
-        # A column for the position's own item, and as many more as make products aligned.
-        more = ALIGNED - place % ALIGNED
-        drawn_WD = F.pad(drawn_KD.to(dtype), (0, 0, 0, more))
-        offset_W = F.pad(offset_K.to(dtype), (0, more), value=-torch.inf)
         query_PHD = query_PD if query_PD.ndim == 3 else query_PD[:, None]
-        query_grad_PHD = torch.empty_like(query_PHD, dtype=kept)
-        own_grad_PD, drawn_grad_WD = (torch.zeros_like(x, dtype=kept) for x in (own_PD, drawn_WD))
-        chunk = _at_once(chunk, query_PD, SAMPLED_TILE // len(drawn_WD))
-        total = query_PD.new_zeros((), dtype=torch.float32)
-        for at in range(0, len(query_PD), chunk):
-            some = slice(at, at + chunk)
-            own_CD, weight_C = own_PD[some], None if weight_P is None else weight_P[some]
-            logits_HCW = [torch.addmm(offset_W, q, drawn_WD.T) for q in query_PHD[some].unbind(1)]
-            for logits_CW, query_CD in zip(logits_HCW, query_PHD[some].unbind(1), strict=True):
-                logits_CW[:, place] = (query_CD * own_CD).sum(-1)
-            best_CW = _without(reduce(torch.maximum, logits_HCW), hit_P[some])
-            own_C = torch.full_like(hit_P[some], place)
-            error_CW, loss_C = _softmax_error(best_CW, own_C, weight_C)
-            total += loss_C[: positions - at].sum()
-            for h, logits_CW in enumerate(logits_HCW):
-                near_CW = error_CW if len(logits_HCW) == 1 else error_CW * (logits_CW >= best_CW)
-                own_C1, query_CD = near_CW[:, place, None], query_PHD[some, h]
-                query_grad_PHD[some, h] = torch.addmm(own_C1 * own_CD, near_CW, drawn_WD)
-                own_grad_PD[some] += own_C1 * query_CD
-                drawn_grad_WD += near_CW.T @ query_CD
-        query_grad = query_grad_PHD[:positions].view(shape)
-        ctx.save_for_backward(query_grad, own_grad_PD[:positions], drawn_grad_WD[:place])
-        return total / max(1, positions)
+        hit_P = torch.cat([draw.hit_P for draw in draws])
+        query_PHD, own_PD = _even(query_PHD.to(dtype)), _even(own_PD.to(dtype))
+        hit_P, weight_P = _even(hit_P), _even(weight_P)
+        query_grad_PHD, own_grad_PD = (torch.zeros_like(x, dtype=kept) for x in (query_PHD, own_PD))
+        rows = Among(query_PHD, own_PD, hit_P, weight_P, query_grad_PHD, own_grad_PD)
+        each_KD = drawn_KD.to(dtype).split([len(draw.items_K) for draw in draws])
+        # What was put behind, to be even, belongs to the last draw.
+        ends = [*range(shared, positions, shared), len(query_PHD)]
+        parts = [rows.at(slice(*some)) for some in pairwise([0, *ends])]
+        found = [
+            _among(part, one_KD, draw.offset_K, chunk)
+            for part, one_KD, draw in zip(parts, each_KD, draws, strict=True)
+        ]
+        losses, drawn_grads = zip(*found, strict=True)
+        query_grad_PD = query_grad_PHD[:positions].view(shape)
+        ctx.save_for_backward(query_grad_PD, own_grad_PD[:positions], torch.cat(drawn_grads))
+        return torch.cat(losses)[:positions].sum() / max(1, positions)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -373,6 +356,62 @@ class SampledCrossEntropy(torch.autograd.Function):
         scale = grad / max(1, len(ctx.saved_tensors[0]))
         grads = [(x * scale).to(kind) for x, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True)]
         return *grads, None, None, None, None, None
+
+
+class Among(NamedTuple):
+    """Positions that have the same negatives, and where their gradients go.
+
+    hit_C: which of the drawn items is the position's own, -1 for none: it does not count.
+    """
+
+    query_CHD: Tensor
+    own_CD: Tensor
+    hit_C: Tensor
+    weight_C: Tensor | None
+    query_grad_CHD: Tensor
+    own_grad_CD: Tensor
+
+    def at(self, some: slice) -> Among:
+        """Return some of them."""
+        parts: list[Any] = [rows if rows is None else rows[some] for rows in self]
+        return Among(*parts)
+
+
+def _among(rows: Among, drawn_KD: Tensor, offset_K: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Return the positions' losses and the gradient of the drawn, `chunk` at a time.
+
+    offset_K is added to the scores of the drawn.
+    """
+    place, dtype = len(drawn_KD), drawn_KD.dtype
+    # A column for the position's own item, and as many more as make products aligned.
+    more = ALIGNED - place % ALIGNED
+    drawn_WD = F.pad(drawn_KD, (0, 0, 0, more))
+    offset_W = F.pad(offset_K.to(dtype), (0, more), value=-torch.inf)
+    grad_WD = torch.zeros_like(drawn_WD, dtype=rows.own_grad_CD.dtype)
+    chunk = _at_once(chunk, drawn_KD, SAMPLED_TILE // len(drawn_WD))
+    losses = [
+        _added(rows.at(slice(at, at + chunk)), place, drawn_WD, offset_W, grad_WD)
+        for at in range(0, max(1, len(rows.own_CD)), chunk)
+    ]
+    return torch.cat(losses), grad_WD[:place]
+
+
+def _added(rows: Among, place: int, drawn_WD: Tensor, offset_W: Tensor, grad_WD: Tensor) -> Tensor:
+    """Add the gradients of positions, whose own item stands at `place`; return their losses."""
+    own_CD, queries = rows.own_CD, rows.query_CHD.unbind(1)
+    logits_HCW = [torch.addmm(offset_W, query_CD, drawn_WD.T) for query_CD in queries]
+    for logits_CW, query_CD in zip(logits_HCW, queries, strict=True):
+        logits_CW[:, place] = (query_CD * own_CD).sum(-1)
+    best_CW = _without(reduce(torch.maximum, logits_HCW), rows.hit_C)
+    own_C = torch.full_like(rows.hit_C, place)
+    error_CW, loss_C = _softmax_error(best_CW, own_C, rows.weight_C)
+    for h, (logits_CW, query_CD) in enumerate(zip(logits_HCW, queries, strict=True)):
+        near_CW = error_CW if len(queries) == 1 else error_CW * (logits_CW >= best_CW)
+        own_C1 = near_CW[:, place, None]
+        rows.query_grad_CHD[:, h] = torch.addmm(own_C1 * own_CD, near_CW, drawn_WD)
+        rows.own_grad_CD.add_(own_C1 * query_CD)
+        grad_WD += near_CW.T @ query_CD
+    return loss_C
 
 
 def _without(logits_CK: Tensor, hit_C: Tensor) -> Tensor:
