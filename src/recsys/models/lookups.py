@@ -148,7 +148,7 @@ class _Rows(torch.autograd.Function):
         parts = rows_EK.split([run.width for run in runs], dim=1)
         # What the gradient is added up from: rows, or how often each value was read.
         read = [
-            _counts(part, run) if run.counted else part
+            _counts(part, run, table_RA.dtype) if run.counted else part
             for part, run in zip(parts, runs, strict=True)
         ]
         ctx.save_for_backward(*read)
@@ -182,13 +182,11 @@ def _found(table_RA: Tensor, read_E: Tensor, run: Run) -> Tensor:
     return F.embedding(read_E, table_RA).flatten(1)
 
 
-def _counts(rows_EK: Tensor, run: Run) -> Tensor:
-    """Return how often each value of a run is among rows: float32 [E, values]."""
-    count_EV = torch.zeros(len(rows_EK), 1 + len(run.values), device=rows_EK.device)
+def _counts(rows_EK: Tensor, run: Run, dtype: torch.dtype) -> Tensor:
+    """Return how often each value of a run is among rows: [E, values]."""
     at_EK = (rows_EK - (run.values.start - 1)).clamp_(min=0)
-    return count_EV.scatter_add_(1, at_EK, torch.ones((), device=at_EK.device).expand_as(at_EK))[
-        :, 1:
-    ]
+    count_EV = torch.zeros(len(at_EK), 1 + len(run.values), dtype=dtype, device=at_EK.device)
+    return count_EV.scatter_add_(1, at_EK, count_EV.new_ones(()).expand_as(at_EK))[:, 1:]
 
 
 def _add(grad_RA: Tensor, rows_EK: Tensor, grad_EA: Tensor) -> None:
