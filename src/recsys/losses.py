@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from itertools import pairwise, repeat
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from recsys.products import Products, bf16_pays
 from recsys.schema import InputError
 
 Kernel = Literal["torch", "liger"]
-Drawn = Literal["uniform", "popularity"]
+Drawn = Literal["uniform", "popularity", "adaptive"]
 Rows = TypeVar("Rows", Tensor, Tensor | None)
 ALIGNED = 32
 """Numbers that a row of logits is a multiple of."""
@@ -34,6 +34,8 @@ ROWS = 16
 that was not met before, which took a tenth of a small step."""
 SAMPLED_TILE = 3 << 19
 """Most of a sampled one: as many as stay in cache, and few steps where there are few negatives."""
+EVERY = 32
+"""One of so many positions tells what the model would answer, where negatives are drawn by it."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,23 @@ class ItemSide:
         """Shares up to each item: summed once, however often is drawn by popularity."""
         return self.share.double().cumsum(0)
 
-    def sample(self, count: int, by: Drawn) -> tuple[Tensor, Tensor]:
+    def sample(self, count: int, by: Drawn | Tensor) -> tuple[Tensor, Tensor]:
         """Draw item indices, rising; return them and the log of each one's share, both [K].
 
-        One in each of `count` equal parts of the catalogue (`uniform`), or of its events
-        (`popularity`): every item as often as its share says, and more evenly than by dice alone.
+        One in each of `count` equal parts of the catalogue (`uniform`), of its events
+        (`popularity`), or of given shares [N + 1]: every item as often as its share says, and more
+        evenly than by dice alone.
         """
         size = len(self.share) - 1
         place = torch.rand(count, dtype=torch.float64, generator=self.generator)
         place = ((torch.arange(count) + place) / count).to(self.share.device)
-        if by == "uniform":
+        if isinstance(by, str) and by == "uniform":
             drawn = (place * size).long().clamp(max=size - 1) + 1
             return drawn, torch.full((count,), 1 / size, device=drawn.device).log()
-        below = self._below
+        share = by if isinstance(by, Tensor) else self.share
+        below = share.double().cumsum(0) if isinstance(by, Tensor) else self._below
         drawn = torch.searchsorted(below, place * below[-1], right=True).clamp(max=size)
-        return drawn, self.share[drawn].log()
+        return drawn, share[drawn].log()
 
 
 def full_softmax(
@@ -276,17 +280,37 @@ def sampled_softmax(
     """Cross-entropy of the target among shared negatives, corrected for how they were drawn.
 
     Source: Bengio and Senécal 2008 (sampled softmax); the correction is log(K q) off each negative.
+    by: how they are drawn, from the whole catalogue alike, from its events, or (adaptive, section
+    4 there) half from its events and half from what the model would answer some of the positions.
     shared: so many positions have the same negatives; others cost nothing, and the more of the
     catalogue a step meets, the nearer it is to the full softmax. chunk, products: as of
     `full_softmax`.
     """
-    draws = [_draw(items, target_C, negatives, by, logq) for target_C in target_P.split(shared)]
+    if by not in get_args(Drawn):
+        raise InputError(f"loss.by={by}: expected one of {', '.join(get_args(Drawn))}")
     half = products == "bf16" or (products == "auto" and bf16_pays(query_PD))
+    query_PD = query_PD / temperature
+    ways = repeat(by) if by != "adaptive" else _answered(query_PD, items, shared, half)
+    each = zip(target_P.split(shared), ways, strict=False)
+    draws = [_draw(items, target_C, negatives, way, logq) for target_C, way in each]
     # One look-up, so that a table gets one gradient of its whole size.
     read_AD = items.of(torch.cat([target_P, *(draw.items_K for draw in draws)]))
-    own_PD, drawn_KD = read_AD.tensor_split([len(target_P)])
-    rows = query_PD / temperature, own_PD, drawn_KD
+    rows = query_PD, *read_AD.tensor_split([len(target_P)])
     return cast(Tensor, SampledCrossEntropy.apply(*rows, draws, weight_P, shared, chunk, half))
+
+
+@torch.no_grad()
+def _answered(query_PD: Tensor, items: ItemSide, shared: int, half: bool) -> list[Tensor]:
+    """Return the shares [N + 1] from which each `shared` positions are given their negatives.
+
+    Half are the items' own: no item that the model has dismissed is out of reach.
+    """
+    dtype = torch.bfloat16 if half else query_PD.dtype
+    vectors_ND = items.all()[1:].to(dtype)
+    some = [query_CD[::EVERY].to(dtype) for query_CD in query_PD.split(shared)]
+    answers = (scores(query_CD, vectors_ND).softmax(1).float() for query_CD in some)
+    means = (answer_CN.sum(0) / max(1, len(answer_CN)) for answer_CN in answers)
+    return [(F.pad(mean_N, (1, 0)) + items.share) / 2 for mean_N in means]
 
 
 class Negatives(NamedTuple):
@@ -297,7 +321,9 @@ class Negatives(NamedTuple):
     hit_P: Tensor
 
 
-def _draw(items: ItemSide, target_P: Tensor, negatives: int, by: Drawn, logq: bool) -> Negatives:
+def _draw(
+    items: ItemSide, target_P: Tensor, negatives: int, by: Drawn | Tensor, logq: bool
+) -> Negatives:
     drawn, log_share = items.sample(negatives, by)
     drawn_K, times_K = drawn.unique_consecutive(return_counts=True)
     offset_K = times_K.log()

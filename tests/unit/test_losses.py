@@ -6,7 +6,7 @@ import math
 import sys
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -68,11 +68,32 @@ def test_sampled_softmax_nears_the_full_one(shape: tuple[int, ...]) -> None:
     share = torch.cat([torch.zeros(1), torch.rand(50) + 0.1])
     items = side(vectors, share / share.sum())
     full = losses.full_softmax(query, target, items).item()
-    for by in ("uniform", "popularity"):
+    for by in get_args(losses.Drawn):
         sampled = losses.sampled_softmax(query, target, items, negatives=20_000, by=by).item()
         assert sampled == pytest.approx(full, rel=0.01)
     uncorrected = losses.sampled_softmax(query, target, items, negatives=20_000, logq=False)
     assert uncorrected.item() > full + 1
+
+
+@pytest.mark.parametrize("shape", [(64, 8), (64, 3, 8)], ids=["one", "three interests"])
+def test_few_negatives_that_the_model_would_answer_are_worth_many(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    # Positions that share a draw want much the same few of many items.
+    query, vectors = torch.randn(8) * 2 + torch.randn(*shape) / 4, torch.randn(1_001, 8)
+    target, items = torch.randint(1, 1_001, (64,)), side(vectors)
+    full = losses.full_softmax(query, target, items).item()
+
+    def off(by: losses.Drawn) -> float:
+        drawn = partial(losses.sampled_softmax, query, target, items, negatives=32, by=by)
+        return sum((drawn().item() - full) ** 2 for _ in range(50)) ** 0.5
+
+    assert off("adaptive") < off("popularity") / 3
+
+
+def test_an_unknown_way_to_draw_is_refused() -> None:
+    by: Any = "popular"
+    with pytest.raises(InputError, match=r"loss\.by=popular: expected one of uniform"):
+        losses.sampled_softmax(torch.ones(1, 1), torch.tensor([1]), side(torch.ones(3, 1)), by=by)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -100,6 +121,18 @@ def test_negatives_are_shared_by_so_many_positions(weighted: bool) -> None:
     assert_same(ours, torch.stack(apart).sum(), (query, vectors))
     torch.manual_seed(1)
     assert losses.sampled_softmax(query, target, items, **settings).item() != ours.item()
+
+
+@pytest.mark.parametrize("positions", [0, 1, 9])
+def test_adaptive_negatives_of_few_positions(positions: int) -> None:
+    vectors = torch.randn(31, 8, requires_grad=True)
+    draw = {"by": "adaptive", "negatives": 4, "shared": 4}
+    query, target = torch.randn(positions, 8), torch.randint(1, 31, (positions,))
+    loss = losses.sampled_softmax(query, target, side(vectors), **draw)  # type: ignore[arg-type]
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert vectors.grad is not None
+    assert vectors.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("positions", [0, 5, 8, 20])
@@ -147,16 +180,17 @@ def test_sampled_softmax_equals_cross_entropy_and_its_gradients(
     assert_same(ours, plain, (query, vectors))
 
 
-@pytest.mark.parametrize("by", ["uniform", "popularity"])
+@pytest.mark.parametrize("by", ["uniform", "popularity", "given"])
 @pytest.mark.parametrize("count", [7, 64])
-def test_negatives_are_drawn_as_often_as_their_share_says(
-    by: Literal["uniform", "popularity"], count: int
-) -> None:
+def test_negatives_are_drawn_as_often_as_their_share_says(by: Any, count: int) -> None:
     share = torch.tensor([0.0, 0.05, 0.3, 0.0, 0.4, 0.25])
+    if by == "given":
+        by = share = share.flip(0).roll(1)
     items = ItemSide(lambda: share, lambda index: share[index], share, torch.Generator())
     drawn_RK = torch.stack([items.sample(count, by)[0] for _ in range(2_000)])
     assert (drawn_RK.diff(dim=1) >= 0).all()
-    expected = torch.full((5,), 0.2) if by == "uniform" else share[1:]
+    uniform = isinstance(by, str) and by == "uniform"
+    expected = torch.full((5,), 0.2) if uniform else share[1:]
     times = torch.stack([(drawn_RK == item).sum(1) for item in range(1, 6)], dim=1).double()
     torch.testing.assert_close(times.mean(0) / count, expected.double(), atol=0.01, rtol=0.02)
     # Drawn part by part: never two away from what is expected, as dice often are.

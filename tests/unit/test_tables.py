@@ -135,6 +135,7 @@ def test_another_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ("settings", "problem"),
     [
         ("", "loss=full_softmax scores every item"),
+        ("loss=sampled_softmax loss.by=adaptive", "type loss.by=popularity"),
         ("loss=sampled_softmax", "cuts tables over processes: add trainer=ddp"),
         ("loss=sampled_softmax trainer=ddp schedule=cosine", "schedule=cosine does not reach"),
         ("loss=sampled_softmax trainer=ddp averaging=2", "averaging=2 does not reach"),

@@ -145,9 +145,13 @@ def check_sharding(config: DictConfig, loss: Loss) -> None:
 
 
 def _check_loss(loss: Loss) -> None:
-    if not {"negatives", "uniform_negatives"} & set(signature(loss).parameters):
-        name = getattr(loss, "func", loss).__name__
-        raise InputError(
-            f"loss={name} scores every item in each step, and no process has all vectors with "
-            "embedding=sharded; type loss=sampled_softmax"
-        )
+    settings = {name: one.default for name, one in signature(loss).parameters.items()}
+    every, instead = f"loss={getattr(loss, 'func', loss).__name__}", "loss=sampled_softmax"
+    if settings.get("by") == "adaptive":
+        every, instead = "loss.by=adaptive", "loss.by=popularity"
+    elif {"negatives", "uniform_negatives"} & set(settings):
+        return
+    raise InputError(
+        f"{every} scores every item in each step, and no process has all vectors with "
+        f"embedding=sharded; type {instead}"
+    )
