@@ -30,10 +30,11 @@ def path() -> Path:
     return Path(torch.arange(LENGTH).expand(ROWS, -1), segments=segments())
 
 
-def parts(seed: int) -> list[Tensor]:
+def parts(seed: int, width: int = DIM // HEADS) -> list[Tensor]:
+    """Queries and keys of some width, and values of the heads'."""
     draws = torch.Generator().manual_seed(seed)
-    shape = (ROWS, HEADS, LENGTH, DIM // HEADS)
-    return [torch.randn(shape, generator=draws).requires_grad_() for _ in range(3)]
+    shapes = [(ROWS, HEADS, LENGTH, each) for each in (width, width, DIM // HEADS)]
+    return [torch.randn(shape, generator=draws).requires_grad_() for shape in shapes]
 
 
 def near(found: Tensor, exact: Tensor) -> None:
@@ -42,8 +43,9 @@ def near(found: Tensor, exact: Tensor) -> None:
     assert found.dtype == exact.dtype
 
 
-def test_answers_and_gradients_are_near_the_exact_ones() -> None:
-    of_half, of_exact = parts(0), parts(0)
+@pytest.mark.parametrize("width", [DIM // HEADS, 1])
+def test_answers_and_gradients_are_near_the_exact_ones(width: int) -> None:
+    of_half, of_exact = parts(0, width), parts(0, width)
     visible = path().visible
     assert visible is not None
     half = PackedAttention.apply(*of_half, unread(segments()))
