@@ -280,8 +280,8 @@ def sampled_softmax(
     """Cross-entropy of the target among shared negatives, corrected for how they were drawn.
 
     Source: Bengio and Senécal 2008 (sampled softmax); the correction is log(K q) off each negative.
-    by: how they are drawn, from the whole catalogue alike, from its events, or (adaptive, section
-    4 there) half from its events and half from what the model would answer some of the positions.
+    by: how they are drawn, from the whole catalogue alike, from its events, or (adaptive) half from
+    its events and half from what the model itself would answer some of the positions.
     shared: so many positions have the same negatives; others cost nothing, and the more of the
     catalogue a step meets, the nearer it is to the full softmax. chunk, products: as of
     `full_softmax`.

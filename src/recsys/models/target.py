@@ -114,7 +114,19 @@ class Events(nn.Module):
         return tables, list(told.values())
 
 
-class Mean(nn.Module):
+class Pooled(nn.Module):
+    """What is pooled of a path's events, and something as wide: 2 A for each candidate."""
+
+    def __init__(self, events: Events, width: int) -> None:
+        super().__init__()
+        self.events, self.asks_width, self.width = events, width, 2 * width
+
+    def asks(self, candidate_BCK: Tensor) -> Tensor:
+        """Return the candidates in the events' space: [B, C, A]."""
+        return cast(Tensor, self.events.item(candidate_BCK))
+
+
+class Mean(Pooled):
     """The mean of the path's events, whatever the candidate, and its product with the candidate.
 
     Source: average pooling, as of Covington et al. 2016, section 3.2.
@@ -129,13 +141,7 @@ class Mean(nn.Module):
         reads: Sequence[str],
         width: int = 16,
     ) -> None:
-        super().__init__()
-        self.events = Events(fields * dim, width, max_length, reads)
-        self.asks_width, self.width = width, 2 * width
-
-    def asks(self, candidate_BCK: Tensor) -> Tensor:
-        """Return the candidates in the events' space: [B, C, A]."""
-        return cast(Tensor, self.events.item(candidate_BCK))
+        super().__init__(Events(fields * dim, width, max_length, reads), width)
 
     def forward(
         self,
@@ -149,7 +155,7 @@ class Mean(nn.Module):
         return torch.cat([mean_BCA, mean_BCA * query_BCA], dim=-1)
 
 
-class Din(nn.Module):
+class Din(Pooled):
     """Sums the path's events, each weighed by a small network on the event and the candidate.
 
     Source: DIN (Zhou et al. 2018, section 4.3): the network reads [q, k, q - k, q * k] and its
@@ -168,16 +174,10 @@ class Din(nn.Module):
         width: int = 16,
         hidden: int = 16,
     ) -> None:
-        super().__init__()
-        self.events = Events(fields * dim, width, max_length, reads)
+        super().__init__(Events(fields * dim, width, max_length, reads), width)
         self.by_query, self.by_key = nn.Linear(width, hidden), nn.Linear(width, hidden, bias=False)
         self.by_product = nn.Parameter(torch.randn(hidden, width) / width**0.5)
         self.weight = nn.Linear(hidden, 1)
-        self.asks_width, self.width = width, 2 * width
-
-    def asks(self, candidate_BCK: Tensor) -> Tensor:
-        """Return the candidates in the events' space: [B, C, A]."""
-        return cast(Tensor, self.events.item(candidate_BCK))
 
     def forward(
         self,
